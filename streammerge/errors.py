@@ -1,0 +1,72 @@
+"""Every error a user can meet, by what the program does about it.
+
+    StreammergeError        this command could not do what was asked      exit 1
+    +- ConfigError          the process does not start                    exit 2
+    +- Damaged              our store does not verify; hands off          exit 3, not ready
+    +- TryAgain             a source, server or disk; back off            exit 75 in one-shot commands
+    |  +- NoSpace           the disk is (nearly) full
+    |  +- Locked            another process changes this store now
+    |  +- Stopped           a stop was asked for; the work is redone later
+    +- Refused              this fine-tune never goes in; recorded        the queue goes on
+
+A message says what happened with the values; the hint says what to do next.
+"""
+
+from __future__ import annotations
+
+
+class StreammergeError(Exception):
+    """A command could not do what was asked."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        """`message` is one line with the values; `hint` is the next thing to do."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(StreammergeError):
+    """The configuration, the base or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class Damaged(StreammergeError):
+    """The store does not verify; nothing is touched until a person has looked."""
+
+    exit_code = 3
+
+
+class TryAgain(StreammergeError):
+    """Something outside is not available now; the same step is tried again later."""
+
+    exit_code = 75
+
+
+class NoSpace(TryAgain):
+    """There is not enough free disk space for the next step."""
+
+
+class Locked(TryAgain):
+    """Another process holds the store's writer lock."""
+
+
+class Stopped(TryAgain):
+    """A stop was asked for in the middle of work that leaves no trace."""
+
+
+class Refused(StreammergeError):
+    """This fine-tune never goes in as it is.
+
+    `reason` is one of `streammerge.screen.REASONS`: short, stable, used in logs and metrics.
+    """
+
+    def __init__(self, reason: str, message: str, *, hint: str = "") -> None:
+        """`reason` is the stable word; `message` the sentence with the values."""
+        super().__init__(message, hint=hint)
+        self.reason = reason

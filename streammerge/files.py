@@ -1,0 +1,234 @@
+"""Durable files: written under a temporary name, fsynced, renamed, and the folder fsynced.
+
+Knows nothing of models. The invariant: after `replace_*` or `rename_folder` returns, the new name survives a
+power cut with its whole content, and before it returns nobody sees a part of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import Locked, NoSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHUNK_BYTES = 8 << 20
+FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
+NETWORK_FILE_SYSTEMS = frozenset(
+    [
+        "9p",
+        "afs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "fuse.gcsfuse",
+        "fuse.glusterfs",
+        "fuse.rclone",
+        "fuse.s3fs",
+        "fuse.sshfs",
+        "glusterfs",
+        "gpfs",
+        "lustre",
+        "ncpfs",
+        "nfs",
+        "nfs4",
+        "smb3",
+        "smbfs",
+    ]
+)
+
+
+def canonical_json(value: Any) -> bytes:  # noqa: ANN401 -- JSON's door
+    """Give the one byte string for `value`: sorted keys, no spaces to spare, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file in bounded memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file and fsync it; the caller makes the name durable."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, content)
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Point the symlink `link` at `target` in one step that readers cannot see half of."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+    fsync_folder(link.parent)
+
+
+def rename_folder(source: Path, target: Path) -> None:
+    """Move a folder within its file system and make both parents durable.
+
+    A sealed folder is read-only, and moving a folder to another parent rewrites its `..`: it is opened for
+    that moment and closed again (`protect` at start repairs a kill in between).
+    """
+    mode = stat.S_IMODE(source.stat().st_mode)
+    source.chmod(mode | stat.S_IWUSR)
+    source.rename(target)
+    target.chmod(mode)
+    fsync_folder(target.parent)
+    fsync_folder(source.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make every name below `folder` durable; the files themselves were fsynced when written."""
+    for directory, _, _ in os.walk(folder):
+        fsync_folder(Path(directory))
+
+
+def protect(folder: Path) -> None:
+    """Make a sealed folder read-only: folders 0555, files 0444."""
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            path = Path(directory, name)
+            if stat.S_IMODE(path.stat().st_mode) != 0o444:
+                path.chmod(0o444)
+        if stat.S_IMODE(Path(directory).stat().st_mode) != 0o555:
+            Path(directory).chmod(0o555)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder of ours, sealed or not; a folder that is already gone is no error.
+
+    It is renamed to a hidden name first, so that a kill in the middle leaves nothing that looks whole.
+    """
+    if not folder.exists():
+        return
+    doomed = folder
+    if not folder.name.startswith("."):
+        doomed = folder.with_name(f".building-removed-{folder.name}")
+        remove_tree(doomed)
+        folder.chmod(0o755)
+        folder.rename(doomed)
+    for directory, _, _ in os.walk(doomed):
+        Path(directory).chmod(0o755)
+    shutil.rmtree(doomed)
+
+
+def tree_bytes(folder: Path) -> int:
+    """Sum the sizes of all files below `folder`."""
+    return sum(
+        Path(directory, name).lstat().st_size for directory, _, names in os.walk(folder) for name in names
+    )
+
+
+def require_space(folder: Path, needed_bytes: int, *, reserve_bytes: int, purpose: str) -> None:
+    """Raise NoSpace unless `needed_bytes` fit beside the reserve on the file system of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + reserve_bytes:
+        raise NoSpace(
+            f"{purpose} needs {needed_bytes:,} bytes and {reserve_bytes:,} in reserve, {folder} has {free:,} free",
+            hint="free some disk space, lower `keep`, or move the store; streammerge goes on by itself when there is room",
+        )
+
+
+@contextmanager
+def disk_errors(purpose: str) -> Iterator[None]:
+    """Turn a full disk or quota into NoSpace, so that work is abandoned cleanly and tried again."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise NoSpace(
+                f"{purpose}: {exc.strerror} while writing {exc.filename or 'a file'}",
+                hint="free some disk space; streammerge goes on by itself when there is room",
+            ) from exc
+        raise
+
+
+def file_system(path: Path) -> str:
+    """Name the file system type that holds `path`, "unknown" where the kernel does not tell."""
+    path = path.resolve()
+    best, kind = "", "unknown"
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return kind
+    for line in lines:
+        _, mount_point, mount_kind, *_ = line.split(" ")
+        mount_point = mount_point.replace("\\040", " ")
+        if path.is_relative_to(mount_point) and len(mount_point) >= len(best):
+            best, kind = mount_point, mount_kind
+    return kind
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive flock on `path`, or raise Locked naming the holder.
+
+    The kernel drops the lock with the process, however that ends.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise Locked(
+                f"the store is in use by {lock_holder(path)}",
+                hint="stop that process first, or give this daemon a store of its own",
+            ) from exc
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def lock_holder(path: Path) -> str:
+    """Say who last took the lock."""
+    try:
+        return path.read_text().strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
+    """Copy a regular file and fsync the copy; shares blocks where the file system can."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_symlinks else os.O_NOFOLLOW)
+    descriptor = os.open(source, flags)
+    with open(descriptor, "rb") as opened, target.open("xb") as written:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "is no regular file", str(source))
+        try:
+            fcntl.ioctl(written.fileno(), FICLONE, descriptor)
+        except OSError:
+            shutil.copyfileobj(opened, written, CHUNK_BYTES)
+        written.flush()
+        os.fsync(written.fileno())

@@ -1,0 +1,109 @@
+"""Linear algebra that methods share: norms, Gram matrices, spectra, the split rank, the projected step.
+
+Knows matrices, not models. Matrices are float32; what is summed over many elements is summed in float64, panel by
+panel, so that no float64 copy of a whole weight and no n x n matrix for a wide weight is ever made.
+
+Letters: D running sum, X new delta, U and s left singular vectors and singular values of D, r split rank, all
+oriented so that m <= n (`lying`), because every formula here commutes with transposition.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 17
+PANEL_ELEMENTS = 1 << 21
+FLOAT32_EPSILON = 1.1920929e-07
+POWER_ITERATIONS = 64
+POWER_TOLERANCE = 1e-9
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Sum of a * b in float64, over blocks of fixed size, whatever the number of threads."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    if a.device.type != "cpu":
+        blocks = [
+            torch.dot(x.double(), y.double())
+            for x, y in zip(a.split(PANEL_ELEMENTS), b.split(PANEL_ELEMENTS), strict=True)
+        ]
+        return float(torch.stack(blocks).sum()) if blocks else 0.0
+    return sum(
+        float(torch.dot(x.double(), y.double()))
+        for x, y in zip(a.split(BLOCK_ELEMENTS), b.split(BLOCK_ELEMENTS), strict=True)
+    )
+
+
+def lying(matrix: Tensor) -> Tensor:
+    """View a matrix with its smaller side first; applied twice it is the identity."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def panels(columns: int, rows: int) -> Iterator[slice]:
+    """Cut the columns of a [rows, columns] matrix into slices of about PANEL_ELEMENTS elements."""
+    width = max(1, PANEL_ELEMENTS // max(rows, 1))
+    return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T in float64. a, b [m, n] float32 -> [m, m] float64."""
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
+    for cut in panels(a.shape[1], a.shape[0]):
+        total.addmm_(a[:, cut].double(), b[:, cut].double().T)
+    return total
+
+
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values above the numerical rank, largest first.
+
+    matrix   [m, n] float32, m <= n
+    returns  U [m, q] float64, s [q] float64
+
+    By the eigenvectors of the Gram matrix in float64: as exact as an SVD for what float32 storage can hold
+    (s_i > max(m, n) * 1.19e-7 * s_1, the rank rule), and no [n, n] matrix is made.
+    """
+    values, vectors = torch.linalg.eigh(cross(matrix, matrix))
+    s = values.clamp_(min=0).sqrt_().flip(0)
+    q = int((s > max(matrix.shape) * FLOAT32_EPSILON * s[0]).sum()) if s.numel() else 0
+    return vectors.flip(1)[:, :q], s[:q]
+
+
+def split_rank(s: Tensor, alpha: float) -> int:
+    """Count the leading singular values whose cumulative share of sum(s) is at most alpha."""
+    if not s.numel():
+        return 0
+    return int((s.cumsum(0) <= alpha * s.sum()).sum())
+
+
+def statistics(delta: Tensor) -> tuple[float, float, float]:
+    """||delta||_F, ||delta^T delta||_F and the largest singular value of a matrix [m, n] float32."""
+    norm = dot(delta, delta) ** 0.5
+    if norm == 0.0:
+        return 0.0, 0.0, 0.0
+    wide = lying(delta)
+    unit = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float32, device=delta.device)
+    for cut in panels(wide.shape[1], wide.shape[0]):
+        panel = wide[:, cut] / norm  # of norm 1, so that squares of tiny deltas stay in range
+        unit.addmm_(panel, panel.T)
+    return norm, norm**2 * dot(unit, unit) ** 0.5, norm * largest_eigenvalue(unit) ** 0.5
+
+
+def largest_eigenvalue(gram: Tensor) -> float:
+    """Largest eigenvalue of a positive semi-definite [m, m] matrix, by power iteration from a fixed seed."""
+    seed = torch.Generator().manual_seed(0)
+    vector = torch.randn(gram.shape[0], generator=seed, dtype=torch.float32).to(gram.device)
+    previous = value = 0.0
+    for step in itertools.count(1):
+        vector = gram @ (vector / vector.norm())
+        value = float(vector.norm())
+        if step == POWER_ITERATIONS or abs(value - previous) <= POWER_TOLERANCE * value:
+            return value
+        previous = value
+    raise AssertionError  # itertools.count never ends

@@ -1,0 +1,166 @@
+"""One merge that is open for work: its configuration, store, ledger and engine, and who may change them when.
+
+Holds resources and answers "what is head, what is current"; decides nothing. The store's flock is held by whoever
+made this object; `turn` serialises the few moments at which head or current move inside this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from streammerge import methods, snapshots, weights
+from streammerge.engine import Recipe, State
+from streammerge.errors import ConfigError, Damaged, Refused
+from streammerge.methods import Totals
+from streammerge.plan import DEFAULT_ADDED, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from streammerge.config import Config
+    from streammerge.engine import Engine
+    from streammerge.ledger import Ledger
+    from streammerge.metrics import Metrics
+    from streammerge.snapshots import Snapshot, Store
+
+KILL_VARIABLE = "STREAMMERGE_KILL_AT"
+STEPS = (
+    "announced", "fetched", "copied", "screened", "folded", "rendered", "sealed", "recorded", "gated", "accepted",
+    "intended", "switched", "told",
+)  # fmt: skip
+
+log = structlog.get_logger()
+
+
+@dataclass
+class Merge:
+    """Everything the pipeline works with."""
+
+    config: Config
+    store: Store
+    ledger: Ledger
+    engine: Engine
+    metrics: Metrics
+    recipe: Recipe
+    base_norm: float
+    base_entries: Mapping[str, weights.Entry]
+    turn: threading.RLock = field(default_factory=threading.RLock)
+    full_disk: str = ""
+    broken_gate: str = ""
+
+    @property
+    def head(self) -> Snapshot:
+        """The snapshot from which the next fold starts."""
+        return self._named("head")
+
+    @property
+    def held(self) -> str:
+        """Why folding and promotion are stopped, "" if they are not."""
+        hold = self.ledger.fact("hold")
+        return str(hold["why"]) if hold else ""
+
+    def _named(self, fact: str) -> Snapshot:
+        name = self.ledger.fact(fact)
+        if name is None:
+            raise Damaged(
+                f"{self.store.ledger} names no {fact}", hint="restore the ledger from a backup of the store"
+            )
+        return snapshots.read(self.store.snapshots / name)
+
+    def state_of(self, snapshot: Snapshot) -> State:
+        """Give a snapshot's state as the engine wants it."""
+        hashes = {
+            name.removeprefix("state/"): facts["sha256"]
+            for name, facts in snapshot.manifest["files"].items()
+            if name.startswith("state/")
+        }
+        totals = snapshot.manifest["totals"]
+        known = {key: totals[key] for key in Totals.__dataclass_fields__}
+        return State(snapshot.state, hashes, Totals(**known), snapshot.digest)
+
+
+def reached(step: str) -> None:
+    """Mark a step of DESIGN 6. For crash tests: STREAMMERGE_KILL_AT=STEP[:NTH] kills the process here."""
+    assert step in STEPS, step
+    wanted, _, nth = os.environ.get(KILL_VARIABLE, "").partition(":")
+    if wanted == step:
+        _passed[step] = _passed.get(step, 0) + 1
+        if _passed[step] == int(nth or 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+_passed: dict[str, int] = {}
+
+
+def settings_of(
+    config: Config, recipe: Recipe, base_norm: float, base_bytes: int, state_bytes: int
+) -> dict[str, Any]:
+    """Write down what is fixed for the life of a store."""
+    return {
+        "format": snapshots.FORMAT,
+        "base": {
+            "digest": recipe.base_digest,
+            "origin": str(config.base),
+            "norm": base_norm,
+            "bytes": base_bytes,
+        },
+        "method": recipe.method,
+        "knobs": dict(recipe.knobs),
+        "added": list(added_globs(config)),
+        "state_bytes": state_bytes,
+        "embedding": recipe.plan.embedding,
+        "kinds": dict(recipe.plan.kinds),
+    }
+
+
+def added_globs(config: Config) -> tuple[str, ...]:
+    """Give the list of weights that are added whole: the configured one, else the default."""
+    return DEFAULT_ADDED if config.added is None else config.added
+
+
+def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, weights.Entry]]:
+    """Rebuild the recipe from store.json and check that the configuration still means the same store."""
+    given = methods.resolve(config.method, {**_same_knobs(config, settings), **config.knobs})
+    for key, ours, theirs in (
+        ("method", settings["method"], config.method),
+        ("knobs", settings["knobs"], given),
+        ("added", settings["added"], settings["added"] if config.added is None else list(config.added)),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"{key} is {theirs!r}, but the store {config.store} was made with {ours!r}",
+                hint=f"put {key} back, or give the new {key} a new store",
+            )
+    entries = open_base_headers(config.base)
+    plan = Plan(settings["kinds"], settings["embedding"])
+    if set(entries) != set(plan.kinds):
+        raise ConfigError(
+            f"base {config.base} has other weights than the one the store {config.store} was made with",
+            hint="put the original base back, or start a new store for the new base",
+        )
+    return Recipe(
+        config.base, settings["base"]["digest"], plan, settings["method"], settings["knobs"]
+    ), entries
+
+
+def _same_knobs(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A knob that the configuration leaves open keeps the store's value, whatever this release's default is."""
+    return dict(settings["knobs"]) if config.method == settings["method"] else {}
+
+
+def open_base_headers(base: Path) -> dict[str, weights.Entry]:
+    """Read the names and shapes of the base."""
+    try:
+        with weights.Weights(weights.find(base)) as found:
+            return found.entries
+    except (OSError, Refused, weights.Incomplete) as exc:
+        raise ConfigError(
+            f"base {base} cannot be read: {exc}", hint="`base` is a model folder or one .safetensors file"
+        ) from exc

@@ -1,0 +1,38 @@
+"""The weighted mean of all fine-tunes ("model soups", arXiv 2203.05482).
+
+Order-free, joinable, and exactly removable up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammerge.methods import Arrival, Slots, Totals
+
+SLOTS = {"sum": torch.float32}
+WEIGHTED = True
+
+
+def fold(slots: Slots, arrival: Arrival) -> Slots:
+    """Add a delta, times its weight, to the running sum. sum and delta: any one shape, float32."""
+    return {"sum": torch.add(slots["sum"], arrival.delta, alpha=arrival.factor)}
+
+
+def unfold(slots: Slots, arrival: Arrival) -> Slots:
+    """Subtract what `fold` added, up to float32 rounding."""
+    return {"sum": torch.sub(slots["sum"], arrival.delta, alpha=arrival.factor)}
+
+
+def join(slots: Slots, others: Slots) -> Slots:
+    """Add two states that were folded apart."""
+    return {"sum": slots["sum"] + others["sum"]}
+
+
+def render(slots: Slots, totals: Totals) -> Tensor:
+    """Divide the sum by the summed weights of the fine-tunes."""
+    return slots["sum"] / totals.factors if totals.factors else slots["sum"]

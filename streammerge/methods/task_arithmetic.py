@@ -1,0 +1,40 @@
+"""Task arithmetic: a multiple of the sum of all deltas (arXiv 2212.04089).
+
+Order-free, joinable, and exactly removable up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from annotated_types import Gt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammerge.methods import Arrival, Slots, Totals
+
+SLOTS = {"sum": torch.float32}
+WEIGHTED = True
+
+
+def fold(slots: Slots, arrival: Arrival) -> Slots:
+    """Add a delta, times its weight, to the running sum. sum and delta: any one shape, float32."""
+    return {"sum": torch.add(slots["sum"], arrival.delta, alpha=arrival.factor)}
+
+
+def unfold(slots: Slots, arrival: Arrival) -> Slots:
+    """Subtract what `fold` added, up to float32 rounding."""
+    return {"sum": torch.sub(slots["sum"], arrival.delta, alpha=arrival.factor)}
+
+
+def join(slots: Slots, others: Slots) -> Slots:
+    """Add two states that were folded apart."""
+    return {"sum": slots["sum"] + others["sum"]}
+
+
+def render(slots: Slots, totals: Totals, *, scale: Annotated[float, Gt(0.0)] = 0.3) -> Tensor:
+    """Multiply the sum by `scale`; the paper's and the field's usual value is 0.3."""
+    del totals
+    return slots["sum"] * scale

@@ -1,0 +1,239 @@
+"""What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect, verify.
+
+Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command itself.
+None waits for a running fold.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from streammerge import files, pipeline, promote, reports, snapshots
+from streammerge.errors import Damaged, StreammergeError
+from streammerge.ledger import now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+    from streammerge.snapshots import Snapshot
+
+log = structlog.get_logger()
+
+
+def work_off(merge: Merge) -> int:
+    """Execute every command that was asked for; gives how many."""
+    asked = merge.ledger.asked()
+    for row in asked:
+        try:
+            result = VERBS[row["verb"]](merge, **json.loads(row["arguments"]))
+            merge.ledger.answer(row["id"], "done", result)
+            log.info("command.done", verb=row["verb"], **result)
+        except Damaged:
+            raise
+        except StreammergeError as exc:
+            merge.ledger.answer(
+                row["id"], "failed", {"error": exc.message, "hint": exc.hint, "exit": exc.exit_code}
+            )
+            log.warning("command.failed", verb=row["verb"], error=exc.message)
+    return len(asked)
+
+
+def hold(merge: Merge, *, why: str = "") -> dict[str, Any]:
+    """Stop folding and promotion; polling and fetching go on."""
+    reason = why or "held by a person"
+    merge.ledger.set_fact("hold", {"why": reason, "since": now()})
+    merge.metrics.held.set(1)
+    return {"held": reason}
+
+
+def resume(merge: Merge) -> dict[str, Any]:
+    """Lift the hold, and only the hold: denied digests stay out."""
+    was = merge.held
+    merge.ledger.set_fact("hold", None)
+    merge.metrics.held.set(0)
+    return {"held": None, "was": was or None}
+
+
+def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
+    """Make an older version head and current, deny what was folded after it, and hold.
+
+    One transaction, then one rename. Rolling to a version that holds denied digests lets those in again.
+    """
+    ledger = merge.ledger
+    with merge.turn:
+        old = merge.head
+        chosen = choose(merge, old, version)
+        removed = [digest for digest in old.digests if digest not in chosen.digests]
+        with ledger.transaction():
+            ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
+            ledger.allow(chosen.digests)
+            ledger.set_fact("head", chosen.path.name)
+            ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
+            relabel_snapshots(merge, chosen)
+            relabel_fine_tunes(merge, chosen, removed)
+            promote.intend(merge, chosen, "rollback")
+        promote.switch(merge)
+    merge.metrics.held.set(1)
+    pipeline.refresh_merge_metrics(merge, chosen)
+    names = [entry["name"] for entry in old.fine_tunes if entry["digest"] in removed]
+    return {"version": chosen.version, "from": old.version, "denied": names, "held": True}
+
+
+def choose(merge: Merge, head: Snapshot, version: int | None) -> Snapshot:
+    """Find the version to roll to: the parent of what is served, unless named; it must be there whole."""
+    if version is None:
+        serving = snapshots.current(merge.store)
+        parent = (snapshots.read(serving) if serving else head).parent
+        found = [
+            p for p in snapshots.folders(merge.store.snapshots) if parent and p.name.endswith(parent[:12])
+        ]
+        if not found:
+            raise StreammergeError(
+                f"version {head.version} has no earlier version on disk",
+                hint="`streammerge history` lists the versions that are there",
+            )
+        path = found[0]
+    else:
+        by_number = snapshots.by_version(merge.store, version)
+        if by_number is None:
+            raise StreammergeError(
+                f"version {version} is not on disk",
+                hint="`streammerge history` lists the versions that are there",
+            )
+        path = by_number
+    chosen = snapshots.read(path)
+    marked = (merge.ledger.fact("damaged") or {}).get(str(chosen.version))
+    if marked:
+        raise StreammergeError(
+            f"version {chosen.version} is damaged: {marked}", hint="choose another version"
+        )
+    snapshots.check_sizes(chosen)
+    return chosen
+
+
+def relabel_snapshots(merge: Merge, chosen: Snapshot) -> None:
+    """Every version that is no ancestor of the chosen one was rolled back; the chosen line is accepted."""
+    parents = {
+        row["digest"]: row["parent"] for row in merge.ledger.rows("select digest, parent from snapshots")
+    }
+    line, digest = set(), chosen.digest
+    while digest:
+        line.add(digest)
+        digest = parents.get(digest)  # type: ignore[assignment]
+    for row in merge.ledger.rows("select * from snapshots where state in ('accepted', 'rolled_back')"):
+        state = "accepted" if row["digest"] in line else "rolled_back"
+        if state != row["state"]:
+            merge.ledger.update_snapshot(row["version"], state=state)
+
+
+def relabel_fine_tunes(merge: Merge, chosen: Snapshot, removed: list[str]) -> None:
+    """What was taken out is denied; what the chosen version holds is folded."""
+    for row in merge.ledger.fine_tunes():
+        if row["digest"] in removed and row["state"] == "folded":
+            merge.ledger.update_fine_tune(
+                row["id"],
+                state="denied",
+                reason="denied",
+                version=None,
+                detail=f"taken out by the rollback to version {chosen.version}",
+            )
+        elif row["digest"] in chosen.digests and row["state"] == "denied":
+            merge.ledger.update_fine_tune(
+                row["id"], state="folded", reason="", detail="", version=first_with(merge, row["digest"])
+            )
+
+
+def first_with(merge: Merge, digest: str) -> int | None:
+    """Find the oldest version on disk that holds a fine-tune."""
+    for path in snapshots.folders(merge.store.snapshots):
+        found = snapshots.read(path)
+        if digest in found.digests:
+            return found.version
+    return None
+
+
+def approve(merge: Merge, *, name: str) -> dict[str, Any]:
+    """Let a fine-tune in that waits for a person, or that was denied, refused or set aside."""
+    row = find_fine_tune(merge, name)
+    refuse_settled(row, "approve")
+    with merge.ledger.transaction():
+        merge.ledger.allow([row["digest"]])
+        start_again(merge, row, approved=1)
+    return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "pending"}
+
+
+def retry(merge: Merge, *, name: str) -> dict[str, Any]:
+    """Take a refused, quarantined or vanished fine-tune up again from the start."""
+    row = find_fine_tune(merge, name)
+    refuse_settled(row, "retry")
+    if row["state"] == "denied":
+        raise StreammergeError(
+            f"{row['name']} is denied", hint="`streammerge fine-tunes approve` lets it in again"
+        )
+    start_again(merge, row, approved=row["approved"])
+    return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "pending"}
+
+
+def reject(merge: Merge, *, name: str) -> dict[str, Any]:
+    """Keep a fine-tune out: its content is denied under any name."""
+    row = find_fine_tune(merge, name)
+    if row["state"] == "folded":
+        raise StreammergeError(
+            f"{row['name']} is folded into version {row['version']}",
+            hint="`streammerge rollback` takes it out with what came after it",
+        )
+    with merge.ledger.transaction():
+        if row["digest"]:
+            merge.ledger.deny([row["digest"]], "rejected by a person")
+        merge.ledger.update_fine_tune(
+            row["id"], state="denied", reason="denied", detail="rejected by a person"
+        )
+    return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "denied"}
+
+
+def start_again(merge: Merge, row: Row, *, approved: int) -> None:
+    """Put a row back at the start of its journey."""
+    files.remove_tree(merge.store.inbox / str(row["id"]))
+    merge.ledger.update_fine_tune(
+        row["id"],
+        state="pending",
+        reason="",
+        detail="",
+        step="announced",
+        approved=approved,
+        attempts=0,
+        next_try_at=0.0,
+        version=None,
+    )
+
+
+def refuse_settled(row: Row, verb: str) -> None:
+    """A folded fine-tune needs nothing; one without a revision is not complete yet."""
+    if row["state"] == "folded":
+        raise StreammergeError(
+            f"{row['name']} is folded into version {row['version']} already", hint="nothing to do"
+        )
+    if not row["revision"]:
+        raise StreammergeError(
+            f"{row['name']} cannot be taken yet ({verb}): {row['detail']}", hint="wait until it is complete"
+        )
+
+
+def find_fine_tune(merge: Merge, name: str) -> Row:
+    """Find `[SOURCE:]NAME[@REVISION]`, the newest that matches."""
+    return reports.match_fine_tune(merge.ledger.fine_tunes(), name)
+
+
+def gc(merge: Merge) -> dict[str, Any]:
+    """Remove versions beyond `keep` that nothing needs."""
+    return {"removed": pipeline.tidy(merge)}
+
+
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "hold": hold, "resume": resume, "rollback": rollback, "approve": approve, "retry": retry, "reject": reject, "gc": gc,
+}  # fmt: skip

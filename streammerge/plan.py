@@ -1,0 +1,103 @@
+"""What happens to each weight of the base: projected, added, copied, or tied to another. Fixed for a store's life.
+
+Driven by names, shapes and dtypes, and by what config.json declares about tying; there is no table of
+architectures.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streammerge.weights import DTYPES, Entry, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# Embeddings and heads: their rows belong to single tokens or classes, so OPCM adds them whole.
+DEFAULT_ADDED = (
+    "*embed*", "*wte*", "*wpe*", "lm_head*", "*.lm_head*", "*shared.weight", "*class_token*", "*cls_token*",
+    "classifier*", "*.classifier*", "score.weight", "*.score.weight", "cls.*", "*predictions.decoder*",
+)  # fmt: skip
+PROJECTED, ADDED, COPIED, TIED = "projected", "added", "copied", "tied:"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kind of every weight of the base, in the base's own order of names.
+
+    kinds      name -> "projected", "added", "copied" (integers) or "tied:NAME" (a second name for the same bytes)
+    embedding  the embedding that the base declares its head to be tied to, "" where it declares none
+    """
+
+    kinds: Mapping[str, str]
+    embedding: str = ""
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Second name -> the name under which the weight is folded."""
+        return {name: kind.removeprefix(TIED) for name, kind in self.kinds.items() if kind.startswith(TIED)}
+
+    @property
+    def merged(self) -> list[str]:
+        """Names that are folded, tied ones once."""
+        return [name for name, kind in self.kinds.items() if kind in (PROJECTED, ADDED)]
+
+
+def make(base: Weights, config: Mapping[str, Any], added: Iterable[str]) -> Plan:
+    """Decide the kind of every weight. `base` must have been read with hashing: equal bytes prove a tie."""
+    added = tuple(added)
+    ties, embedding = _ties(base, config)
+    kinds = {}
+    for name, entry in base.entries.items():
+        if not entry.is_floating:
+            kinds[name] = COPIED
+        elif name in ties:
+            kinds[name] = TIED + ties[name]
+        elif len(entry.shape) == 2 and min(entry.shape) > 0 and not matches(name, added):
+            kinds[name] = PROJECTED
+        else:
+            kinds[name] = ADDED
+    return Plan(kinds, embedding)
+
+
+def _ties(base: Weights, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """Find weights declared tied and equal in bytes, and the embedding that the declaration is about."""
+    nested = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if not any(part.get("tie_word_embeddings") is True for part in nested):
+        return {}, ""
+    tables = [
+        e
+        for e in base.entries.values()
+        if e.is_floating and len(e.shape) == 2 and matches(e.name, DEFAULT_ADDED)
+    ]
+    first: dict[tuple[str, tuple[int, ...], str], str] = {}
+    ties = {}
+    for entry in tables:
+        key = (entry.dtype, entry.shape, base.tensor_digest(entry.name))
+        if key in first:
+            ties[entry.name] = first[key]
+        first.setdefault(key, entry.name)
+    tables = [entry for entry in tables if entry.name not in ties]
+    embedding = max(tables, key=lambda e: e.shape[0]).name if tables else ""
+    return ties, embedding
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether any glob matches the whole name; case counts."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def idle_globs(base: Mapping[str, Entry], globs: Iterable[str]) -> list[str]:
+    """List globs that match no weight: probably a typing error."""
+    return [glob for glob in globs if not any(matches(name, [glob]) for name in base)]
+
+
+def shards(base: Weights) -> list[list[str]]:
+    """Give the names in each of the base's files, in the order in which they are processed and written.
+
+    Larger items first, then as stored: so every weight stays aligned to its dtype in every file written.
+    """
+    order = sorted(base.entries.values(), key=lambda e: (e.file, -DTYPES[e.dtype].itemsize, e.start))
+    return [[e.name for e in order if e.file == number] for number in range(len(base.set.files))]

@@ -1,0 +1,164 @@
+"""Switch `current`, and tell the targets until each confirms.
+
+The intent and the outbox rows are written in the caller's transaction before the link moves; the link moves by one
+rename; targets get every promotion in order, at least once, with the same delivery id at each attempt.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from streammerge import snapshots
+from streammerge.errors import TryAgain
+from streammerge.ledger import now
+from streammerge.merging import reached
+from streammerge.targets import Told
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+    from streammerge.snapshots import Snapshot
+    from streammerge.targets import Target
+
+FIRST_RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 300.0
+
+log = structlog.get_logger()
+
+
+def intend(merge: Merge, snapshot: Snapshot, cause: str) -> int:
+    """Write the intent to serve `snapshot` and what each target must be told; inside the caller's transaction."""
+    ledger = merge.ledger
+    promotion = ledger.write(
+        "insert into promotions (version, digest, cause, intended_at) values (?, ?, ?, ?)",
+        snapshot.version, snapshot.digest, cause, now(),
+    )  # fmt: skip
+    for target in merge.config.targets:
+        ledger.write(
+            "insert into outbox (promotion, target, version) values (?, ?, ?)",
+            promotion,
+            target.name,
+            snapshot.version,
+        )
+    return promotion
+
+
+def switch(merge: Merge) -> None:
+    """Carry out the newest intent; done already is no error."""
+    promotion = merge.ledger.last_promotion()
+    if promotion is None or promotion["switched_at"] is not None:
+        return
+    path = snapshots.by_version(merge.store, promotion["version"])
+    assert path is not None, f"version {promotion['version']} was promoted but is not in snapshots/"
+    reached("intended")
+    snapshots.switch(merge.store, snapshots.read(path))
+    reached("switched")
+    at = now()
+    with merge.ledger.transaction():
+        merge.ledger.write("update promotions set switched_at = ? where id = ?", at, promotion["id"])
+        merge.ledger.update_snapshot(promotion["version"], promoted_at=at)
+    merge.metrics.promotions.labels(promotion["cause"]).inc()
+    log.info(
+        "snapshot.promoted",
+        version=promotion["version"],
+        digest=promotion["digest"][:12],
+        cause=promotion["cause"],
+    )
+
+
+def deliver(merge: Merge, targets: Sequence[Target]) -> float:
+    """Tell each target what is due for it, in order, one at a time; gives when the next attempt is due, 0.0 for none."""
+    drop_unknown(merge, {target.name for target in targets})
+    due = []
+    for target in targets:
+        while (row := next_row(merge, target.name)) and row["next_try_at"] <= now():
+            if not attempt(merge, target, row):
+                break
+        if row := next_row(merge, target.name):
+            due.append(row["next_try_at"])
+    return min(due, default=0.0)
+
+
+def next_row(merge: Merge, target: str) -> Row | None:
+    """Read the oldest promotion that a target was not told of."""
+    return merge.ledger.row(
+        "select outbox.*, promotions.digest, promotions.switched_at from outbox "
+        "join promotions on promotions.id = outbox.promotion "
+        "where target = ? and state = 'pending' and switched_at is not null order by outbox.id limit 1",
+        target,
+    )
+
+
+def attempt(merge: Merge, target: Target, row: Row) -> bool:
+    """Tell one target of one promotion; record how it went."""
+    path = snapshots.by_version(merge.store, row["version"])
+    if path is None:
+        finish(merge, row, "skipped", "the version was collected before the target could be told")
+        return True
+    started = time.monotonic()
+    try:
+        target.tell(Told(row["version"], row["digest"], path, f"{row['promotion']}-{row['digest'][:12]}"))
+    except TryAgain as exc:
+        wait = min(FIRST_RETRY_SECONDS * 2 ** min(row["attempts"], 16), LONGEST_RETRY_SECONDS)
+        merge.ledger.write(
+            "update outbox set attempts = attempts + 1, next_try_at = ?, error = ? where id = ?",
+            now() + wait,
+            str(exc.message),
+            row["id"],
+        )
+        merge.metrics.told.labels(target.name, "failed").inc()
+        log.warning(
+            "target.failed", target=target.name, version=row["version"], error=exc.message, retry_seconds=wait
+        )
+        return False
+    finally:
+        merge.metrics.told_seconds.labels(target.name).observe(time.monotonic() - started)
+    reached("told")
+    finish(merge, row, "done", "")
+    merge.metrics.told.labels(target.name, "ok").inc()
+    observe_latency(merge, target.name, path)
+    log.info(
+        "target.confirmed",
+        target=target.name,
+        version=row["version"],
+        seconds=round(time.monotonic() - started, 3),
+    )
+    return True
+
+
+def observe_latency(merge: Merge, target: str, path: object) -> None:
+    """Record the time from a fine-tune's publication to its being served."""
+    del path
+    row = merge.ledger.row(
+        "select max(published_at) as at from fine_tunes where state = 'folded' and version = "
+        "(select version from outbox where target = ? and state = 'done' order by id desc limit 1)",
+        target,
+    )
+    if row and row["at"]:
+        merge.metrics.served_seconds.labels(target).observe(max(0.0, now() - row["at"]))
+
+
+def finish(merge: Merge, row: Row, state: str, error: str) -> None:
+    """Close an outbox row."""
+    merge.ledger.write(
+        "update outbox set state = ?, error = ?, done_at = ? where id = ?", state, error, now(), row["id"]
+    )
+
+
+def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
+    """Close the rows of targets that the configuration no longer has."""
+    for row in merge.ledger.rows("select * from outbox where state = 'pending'"):
+        if row["target"] not in names:
+            finish(merge, row, "dropped", "the target is no longer configured")
+
+
+def awaited(merge: Merge) -> set[int]:
+    """List versions that some target is still to be told of, and the last one each confirmed."""
+    pending = merge.ledger.rows("select distinct version from outbox where state = 'pending'")
+    confirmed = merge.ledger.rows("select max(id), version from outbox where state = 'done' group by target")
+    return {row["version"] for row in (*pending, *confirmed)}

@@ -1,0 +1,203 @@
+"""What a source sees, laid beside what the ledger knows: which fine-tunes are new, waiting, changed or gone.
+
+A second sighting of the same revision changes nothing. Nothing here reads a fine-tune's bytes, and nothing that a
+source fails to show is ever taken out of the merge.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from streammerge.config import Since
+from streammerge.ledger import now
+from streammerge.merging import reached
+from streammerge.sources import Known
+
+if TYPE_CHECKING:
+    from streammerge.config import DirectorySource
+    from streammerge.ledger import Ledger, Row
+    from streammerge.merging import Merge
+    from streammerge.sources import Sighting, Source
+
+log = structlog.get_logger()
+
+UNDECIDED = ("waiting", "pending", "awaiting_approval")
+
+
+def observe(merge: Merge, source: Source, config: DirectorySource) -> float:
+    """Look at a source once and record the difference; gives when to look again at the latest, 0.0 for the poll.
+
+    Raises errors.TryAgain if the source cannot be seen.
+    """
+    ledger = merge.ledger
+    looked_at = now()
+    sightings = source.look(known(ledger, source.name))
+    with ledger.transaction():
+        state = ledger.row("select * from sources where name = ?", source.name)
+        is_first = not (state and state["primed"])
+        for sighting in sightings:
+            record(merge, config, sighting, looked_at, is_first=is_first)
+        mark_gone(merge, source.name, {sighting.name for sighting in sightings})
+        ledger.write(
+            "insert into sources (name, state, last_success_at, primed) values (?, 'ok', ?, 1) on conflict (name) "
+            "do update set state = 'ok', error = '', last_success_at = excluded.last_success_at, primed = 1",
+            source.name,
+            now(),
+        )
+    return min((s.until for s in sightings if s.until), default=0.0)
+
+
+def failed(ledger: Ledger, source: str, error: str) -> None:
+    """Record that a source could not be seen; nothing else changes."""
+    ledger.write(
+        "insert into sources (name, state, error) values (?, 'error', ?) on conflict (name) "
+        "do update set state = 'error', error = excluded.error",
+        source,
+        error,
+    )
+
+
+def known(ledger: Ledger, source: str) -> dict[str, Known]:
+    """Give a source what it recognised at earlier looks."""
+    rows = ledger.rows("select * from sightings where source = ?", source)
+    return {row["name"]: Known(row["fingerprint"], row["revision"], row["first_seen_at"]) for row in rows}
+
+
+def record(
+    merge: Merge, config: DirectorySource, sighting: Sighting, looked_at: float, *, is_first: bool
+) -> None:
+    """Lay one sighting beside its row."""
+    ledger = merge.ledger
+    seen = ledger.row("select * from sightings where (source, name) = (?, ?)", config.name, sighting.name)
+    first_seen = seen["first_seen_at"] if seen and seen["fingerprint"] == sighting.fingerprint else looked_at
+    published = sighting.published_at if is_first else first_seen
+    ledger.write(
+        "insert or replace into sightings values (?, ?, ?, ?, ?)",
+        config.name, sighting.name, sighting.fingerprint, sighting.revision, first_seen,
+    )  # fmt: skip
+    waiting = ledger.row(
+        "select * from fine_tunes where (source, name, revision) = (?, ?, '')", config.name, sighting.name
+    )
+    if not sighting.revision:
+        if waiting is None:
+            ignored = is_first and is_ignored(config, published)
+            note_waiting(merge, config, sighting, published, state="ignored" if ignored else "waiting")
+        else:
+            still_waiting(merge, waiting, sighting, looked_at)
+        return
+    was_ignored = waiting is not None and waiting["state"] == "ignored"
+    if waiting is not None:
+        published = waiting["published_at"]
+        ledger.write("delete from fine_tunes where id = ?", waiting["id"])
+    if row := ledger.row(
+        "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
+        config.name,
+        sighting.name,
+        sighting.revision,
+    ):
+        if row["state"] in ("superseded", "gone"):  # it came back
+            supersede(merge, config.name, sighting.name, but=row["id"])
+            ledger.update_fine_tune(
+                row["id"], state="pending", reason="", detail="", step="announced", published_at=published
+            )
+        return
+    announce(
+        merge,
+        config,
+        sighting,
+        published,
+        ignored=was_ignored or (is_first and is_ignored(config, published)),
+    )
+
+
+def is_ignored(config: DirectorySource, published_at: float) -> bool:
+    """Whether `first_run` leaves out what was there at the first look."""
+    if isinstance(config.first_run, Since):
+        return published_at < config.first_run.timestamp
+    return config.first_run == "ignore"
+
+
+def announce(
+    merge: Merge, config: DirectorySource, sighting: Sighting, published_at: float, *, ignored: bool
+) -> None:
+    """Step 1: a new revision becomes a row."""
+    state = "refused" if sighting.refused else "ignored" if ignored else "pending"
+    if state == "pending":
+        supersede(merge, config.name, sighting.name)
+    merge.ledger.announce(
+        config.name, sighting.name, sighting.revision,
+        state=state, reason=sighting.refused or ("first_run" if ignored else ""), detail=sighting.waiting_for,
+        factor=config.weight, published_at=published_at, first_seen_at=now(),
+    )  # fmt: skip
+    merge.metrics.discovered.labels(config.name).inc()
+    if state != "pending":
+        merge.metrics.decided.labels(config.name, state).inc()
+    if sighting.refused:
+        merge.metrics.refused.labels(sighting.refused).inc()
+    log.info(
+        "finetune.announced", source=config.name, name=sighting.name, revision=sighting.revision, state=state,
+        reason=sighting.refused or None,
+    )  # fmt: skip
+    reached("announced")
+
+
+def supersede(merge: Merge, source: str, name: str, *, but: int = 0) -> None:
+    """A newer revision takes the place of those still undecided."""
+    for row in undecided(merge.ledger, source, name):
+        if row["id"] != but:
+            merge.ledger.update_fine_tune(
+                row["id"], state="superseded", detail="a newer revision was published first"
+            )
+            merge.metrics.decided.labels(source, "superseded").inc()
+
+
+def undecided(ledger: Ledger, source: str, name: str) -> list[Row]:
+    """List the rows of one fine-tune that may still be folded."""
+    return [row for row in ledger.fine_tunes(*UNDECIDED) if (row["source"], row["name"]) == (source, name)]
+
+
+def note_waiting(
+    merge: Merge, config: DirectorySource, sighting: Sighting, published_at: float, *, state: str
+) -> None:
+    """Show a fine-tune that is not complete yet."""
+    merge.ledger.announce(
+        config.name, sighting.name, "", state=state, detail=sighting.waiting_for,
+        next_try_at=sighting.until, factor=config.weight, published_at=published_at,
+    )  # fmt: skip
+
+
+def still_waiting(merge: Merge, row: Row, sighting: Sighting, looked_at: float) -> None:
+    """Keep a waiting row up to date; refuse it when its files stay incomplete for too long."""
+    if row["state"] not in ("waiting", "refused", "gone"):
+        return
+    seen = merge.ledger.row(
+        "select first_seen_at from sightings where (source, name) = (?, ?)", row["source"], row["name"]
+    )
+    unchanged_seconds = looked_at - (seen["first_seen_at"] if seen else looked_at)
+    late = unchanged_seconds > merge.config.incomplete_after
+    state, reason = ("refused", "incomplete") if late else ("waiting", "")
+    if (state, sighting.waiting_for) != (row["state"], row["detail"]):
+        merge.ledger.update_fine_tune(
+            row["id"], state=state, reason=reason, detail=sighting.waiting_for, next_try_at=sighting.until
+        )
+    if late and row["state"] != "refused":
+        merge.metrics.decided.labels(row["source"], "refused").inc()
+        merge.metrics.refused.labels("incomplete").inc()
+        log.warning(
+            "finetune.refused",
+            source=row["source"],
+            name=row["name"],
+            reason="incomplete",
+            detail=sighting.waiting_for,
+        )
+
+
+def mark_gone(merge: Merge, source: str, present: set[str]) -> None:
+    """A fine-tune that vanished before it was fetched will not be folded."""
+    for row in merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval"):
+        if row["source"] == source and row["name"] not in present and row["step"] == "announced":
+            merge.ledger.update_fine_tune(row["id"], state="gone", detail="it vanished before it was fetched")
+            merge.metrics.decided.labels(source, "gone").inc()
+            log.info("finetune.gone", source=source, name=row["name"])

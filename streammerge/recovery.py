@@ -1,0 +1,227 @@
+"""Opening a store: made new, or found as a kill or a power cut left it and brought to a consistent state.
+
+What is unfinished is finished or removed; what is damaged is left alone and said (errors.Damaged). Only the holder
+of the store's lock comes here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import structlog
+
+from streammerge import files, methods, pipeline, promote, snapshots
+from streammerge.engine import Recipe
+from streammerge.errors import ConfigError, Damaged
+from streammerge.ledger import Ledger, now
+from streammerge.merging import Merge, added_globs, recipe_of, settings_of
+from streammerge.plan import idle_globs
+from streammerge.weights import Weights, find
+
+if TYPE_CHECKING:
+    from streammerge.config import Config
+    from streammerge.engine import Engine
+    from streammerge.metrics import Metrics
+    from streammerge.snapshots import Snapshot, Store
+
+log = structlog.get_logger()
+
+
+def open_merge(config: Config, engine: Engine, metrics: Metrics) -> Merge:
+    """Open the store for work, making it first if need be. The caller holds the lock."""
+    store = snapshots.Store(config.store)
+    if not store.exists:
+        make_store(config, store, engine)
+    settings = store.read_settings()
+    recipe, entries = recipe_of(config, settings)
+    check_ledger_is_there(store)
+    if not store.ledger.exists():
+        os.close(
+            os.open(store.ledger, os.O_CREAT | os.O_WRONLY, 0o600)
+        )  # fine-tunes' names are nobody else's business
+    merge = Merge(
+        config, store, Ledger(store.ledger), engine, metrics, recipe, float(settings["base"]["norm"]), entries
+    )
+    recover(merge)
+    return merge
+
+
+def prepare_folder(config: Config) -> Store:
+    """Make the store's folders so that the lock can be taken, or say why this place will not do."""
+    store = snapshots.Store(config.store)
+    kind = files.file_system(config.store if config.store.exists() else config.store.parent)
+    if kind in files.NETWORK_FILE_SYSTEMS and not config.allow_network_store:
+        raise ConfigError(
+            f"store {config.store} lies on a network file system ({kind}), where locks and renames are not safe",
+            hint="put the store on a local disk, or set allow_network_store: true and make sure only one host uses it",
+        )
+    if not store.exists and store.root.is_dir():
+        strange = {p.name for p in store.root.iterdir()} - {
+            "lock",
+            "inbox",
+            "candidates",
+            "snapshots",
+            ".store.json.tmp",
+        }
+        if strange:
+            raise ConfigError(
+                f"store {config.store} is no store and holds {min(strange)}",
+                hint="give the store an empty or new folder",
+            )
+    try:
+        store.create()
+    except OSError as exc:
+        raise ConfigError(
+            f"store {config.store} cannot be made: {exc.strerror}", hint="check the path and its owner"
+        ) from exc
+    return store
+
+
+def make_store(config: Config, store: Store, engine: Engine) -> None:
+    """Read the base once and write down what is fixed for the store's life."""
+    knobs = methods.resolve(config.method, config.knobs)
+    added = added_globs(config)
+    log.info("base.reading", base=str(config.base))
+    found, norm = engine.open_base(config.base, added)
+    with Weights(find(config.base)) as base:
+        size = base.bytes
+        state_size = (
+            4
+            * sum(base.entries[n].elements for n in found.plan.merged)
+            * len(methods.load(config.method).SLOTS)
+        )
+        if config.added is not None and (idle := idle_globs(base.entries, added)):
+            log.warning("config.added_matches_nothing", globs=idle)
+    recipe = Recipe(config.base, found.base_digest, found.plan, config.method, knobs)
+    with files.disk_errors("making the store"):
+        files.replace_file(
+            store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))
+        )
+    log.info("store.made", store=str(store.root), base_digest=recipe.base_digest[:12], method=recipe.method)
+
+
+def check_ledger_is_there(store: Store) -> None:
+    """A store with snapshots and no ledger has lost its account."""
+    if not store.ledger.exists() and snapshots.folders(store.snapshots):
+        raise Damaged(
+            f"{store.ledger} is missing, the snapshots are there",
+            hint="restore the ledger from a backup of the store",
+        )
+
+
+def recover(merge: Merge) -> None:
+    """Finish or remove what was under way when the last process ended."""
+    store, ledger = merge.store, merge.ledger
+    for name in snapshots.remove_unfinished(store):
+        log.info("recovery.removed", folder=name)
+    for path in store.inbox.glob("*.part"):
+        files.remove_tree(path)
+    for parent in (store.candidates, store.snapshots):
+        for path in snapshots.folders(parent):
+            files.protect(path)
+    if not snapshots.folders(store.snapshots) and ledger.fact("head") is None:
+        start_with_base(merge)
+    else:
+        accept_trailing(merge)
+        check_accepted(merge)
+        finish_promotion(merge)
+    for path in snapshots.folders(store.candidates):
+        pipeline.record_candidate(merge, snapshots.read(path))
+    pipeline.tidy(merge)
+    pipeline.refresh_merge_metrics(merge, merge.head)
+
+
+def start_with_base(merge: Merge) -> None:
+    """Go on with version 0: from its sealed candidate where there is one."""
+    sealed = snapshots.folders(merge.store.candidates)
+    if sealed:
+        candidate = snapshots.read(sealed[0])
+        pipeline.record_candidate(merge, candidate)
+        pipeline.conclude(merge, candidate)
+    else:
+        pipeline.first_version(merge)
+
+
+def accept_trailing(merge: Merge) -> None:
+    """A version that was moved into snapshots/ but not yet recorded: its row is added."""
+    for path in snapshots.folders(merge.store.snapshots):
+        version = int(path.name.split("-")[0])
+        row = merge.ledger.snapshot(version)
+        if row is not None and row["state"] not in ("candidate",):
+            continue
+        snapshot = snapshots.read(path)
+        head = merge.head.digest if merge.ledger.fact("head") else None
+        if snapshot.parent != head:
+            raise Damaged(
+                f"{path} follows {str(snapshot.parent)[:12]}, but head is {str(head)[:12]}",
+                hint="a folder was copied in, or ledger.db is an older copy; restore both from one backup",
+            )
+        pipeline.record_accepted(merge, snapshot)
+        log.info("recovery.accepted", version=version)
+
+
+def check_accepted(merge: Merge) -> None:
+    """Head and current must be there, whole by size, and the ledger must say the same; older ones are marked."""
+    damaged = {}
+    serving = snapshots.current(merge.store)
+    for row in merge.ledger.rows(
+        "select * from snapshots where state in ('accepted', 'rolled_back') order by version"
+    ):
+        path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
+        try:
+            snapshots.check_sizes(snapshots.read(path))
+        except Damaged as exc:
+            if path.name == merge.ledger.fact("head") or (serving and path.name == serving.name):
+                raise
+            damaged[str(row["version"])] = exc.message
+    mark_damaged(merge, damaged)
+
+
+def mark_damaged(merge: Merge, damaged: dict[str, str]) -> None:
+    """Remember which older versions no longer verify: they are not offered for a rollback."""
+    if damaged != (merge.ledger.fact("damaged") or {}):
+        merge.ledger.set_fact("damaged", damaged)
+    merge.metrics.damaged.set(len(damaged))
+    for version, why in damaged.items():
+        log.error("snapshot.damaged", version=int(version), detail=why)
+
+
+def finish_promotion(merge: Merge) -> None:
+    """Carry out an intent that was cut off; adopt a `current` that a person moved, with a hold."""
+    last = merge.ledger.last_promotion()
+    serving = snapshots.current(merge.store)
+    if last is None or last["switched_at"] is None:
+        promote.switch(merge)
+        return
+    expected = snapshots.folder_name(last["version"], last["digest"])
+    if serving is not None and serving.name == expected and serving.exists():
+        return
+    if serving is None or not serving.exists() or serving.parent != merge.store.snapshots:
+        path = snapshots.by_version(merge.store, last["version"])
+        if path is None:
+            raise Damaged(
+                f"{merge.store.current} leads nowhere and version {last['version']} is gone",
+                hint=snapshots.RESTORE,
+            )
+        log.warning("recovery.current_restored", version=last["version"])
+        snapshots.switch(merge.store, snapshots.read(path))
+        return
+    adopt(merge, snapshots.read(serving))
+
+
+def adopt(merge: Merge, chosen: Snapshot) -> None:
+    """A person pointed `current` elsewhere: that is what is served now, and nothing moves until they resume."""
+    ledger = merge.ledger
+    with ledger.transaction():
+        at = now()
+        number = promote.intend(merge, chosen, "adopted")
+        ledger.write("update promotions set switched_at = ? where id = ?", at, number)
+        ledger.set_fact(
+            "hold", {"why": f"`current` was moved by hand to version {chosen.version}", "since": at}
+        )
+    log.error(
+        "current.adopted",
+        version=chosen.version,
+        detail="`current` was moved by hand; held until `streammerge resume`",
+    )

@@ -1,0 +1,283 @@
+"""What the store says about itself, as the documented JSON: status, history, show, fine-tunes, verify.
+
+Reads only: creates nothing, takes no lock, imports no torch. Both the command line and the HTTP port print what is
+made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from streammerge import files, snapshots
+from streammerge.errors import ConfigError, Damaged, StreammergeError
+from streammerge.ledger import Ledger, iso
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from streammerge.config import Config
+    from streammerge.ledger import Row
+    from streammerge.snapshots import Store
+
+PENDING_STATES = ("pending", "awaiting_approval", "waiting")
+
+
+def open_for_reading(config: Config) -> tuple[Store, Ledger]:
+    """Open a store that a daemon made; raise ConfigError where there is none or it is another user's."""
+    store = snapshots.Store(config.store)
+    if not store.exists or not store.ledger.exists():
+        raise ConfigError(f"there is no store at {config.store} yet", hint="`streammerge run` makes it")
+    refuse_stranger(store, writing=False)
+    return store, Ledger(store.ledger, read_only=True)
+
+
+def refuse_stranger(store: Store, *, writing: bool) -> None:
+    """Raise ConfigError when run under a user who cannot, or should not, touch this store."""
+    owner = store.ledger.stat().st_uid
+    if os.geteuid() == owner or (not writing and os.access(store.ledger, os.R_OK)):
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"#{owner}"
+    raise ConfigError(
+        f"the store {store.root} belongs to {name}", hint=f"run it as that user: sudo -u {name} streammerge …"
+    )
+
+
+def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
+    """Say where the merge stands."""
+    settings = store.read_settings()
+    head = named(store, ledger.fact("head"))
+    serving = snapshots.current(store)
+    current = named(store, serving.name if serving else None)
+    counts = {
+        row["state"]: row["n"]
+        for row in ledger.rows("select state, count(*) as n from fine_tunes group by state")
+    }
+    hold = ledger.fact("hold")
+    per_version = version_bytes(settings)
+    return {
+        "current": current and {key: current[key] for key in ("version", "digest", "path")},
+        "head": head and {key: head[key] for key in ("version", "digest", "path")},
+        "count": head["count"] if head else 0,
+        "pending": sum(counts.get(state, 0) for state in PENDING_STATES),
+        "held": hold["why"] if hold else None,
+        "held_since": iso(hold["since"]) if hold else None,
+        "method": settings["method"],
+        "knobs": settings["knobs"],
+        "base": settings["base"],
+        "store": str(store.root),
+        "fine_tunes": counts,
+        "sources": [source_status(ledger, part.name) for part in config.sources],
+        "targets": [target_status(ledger, part.name) for part in config.targets],
+        "damaged": ledger.fact("damaged") or {},
+        "disk": {
+            "version_bytes": per_version,
+            "store_bytes": files.tree_bytes(store.root),
+            "full_store_bytes": per_version * (config.keep + 1),
+            "free_bytes": shutil.disk_usage(store.root).free,
+            "reserve_bytes": config.reserve,
+        },
+    }
+
+
+def version_bytes(settings: dict[str, Any]) -> int:
+    """Estimate what one version takes on disk: the model and the state."""
+    return int(settings["base"]["bytes"] + settings["state_bytes"])
+
+
+def named(store: Store, folder: str | None) -> dict[str, Any] | None:
+    """Describe an accepted folder by its name."""
+    if folder is None:
+        return None
+    path = store.snapshots / folder
+    try:
+        snapshot = snapshots.read(path)
+    except Damaged:
+        number, _, digest = folder.partition("-")
+        return {"version": int(number), "digest": digest, "path": str(path), "count": 0}
+    return {
+        "version": snapshot.version,
+        "digest": snapshot.digest,
+        "path": str(path),
+        "count": len(snapshot.fine_tunes),
+    }
+
+
+def source_status(ledger: Ledger, name: str) -> dict[str, Any]:
+    """Say how a source is."""
+    row = ledger.row("select * from sources where name = ?", name) or {}
+    return {
+        "name": name,
+        "state": row.get("state", "starting"),
+        "last_success": iso(row.get("last_success_at")),
+        "error": row.get("error") or None,
+    }
+
+
+def target_status(ledger: Ledger, name: str) -> dict[str, Any]:
+    """Say what a target confirmed last, and what it is still to be told."""
+    done = ledger.row(
+        "select * from outbox where target = ? and state = 'done' order by id desc limit 1", name
+    )
+    open_rows = ledger.rows("select * from outbox where target = ? and state = 'pending' order by id", name)
+    state = "starting" if not done and not open_rows else "confirmed" if not open_rows else "telling"
+    if open_rows and open_rows[0]["attempts"]:
+        state = "failing"
+    return {
+        "name": name,
+        "state": state,
+        "snapshot": done["version"] if done else None,
+        "open": len(open_rows),
+        "error": open_rows[0]["error"] if open_rows else None,
+    }
+
+
+def history(ledger: Ledger, limit: int = 100) -> list[dict[str, Any]]:
+    """List the newest versions, oldest first."""
+    rows = ledger.rows("select * from snapshots order by version desc limit ?", limit)
+    return [
+        {
+            "version": row["version"], "digest": row["digest"], "parent": row["parent"],
+            "sealed_at": iso(row["sealed_at"]), "promoted_at": iso(row["promoted_at"]), "state": row["state"],
+            "added": json.loads(row["added"]), "removed": json.loads(row["removed"]), "note": row["note"],
+        }
+        for row in reversed(rows)
+    ]  # fmt: skip
+
+
+def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
+    """Describe one version: `head`, `current` or a number."""
+    path = resolve(store, ledger, which)
+    snapshot = snapshots.read(path)
+    row = next((r for r in history(ledger, 1 << 30) if r["version"] == snapshot.version), {})
+    keys = ("method", "knobs", "finalize", "added", "threads", "device", "torch", "totals", "health", "base")
+    return {
+        **row,
+        "version": snapshot.version,
+        "digest": snapshot.digest,
+        "parent": snapshot.parent,
+        "path": str(snapshot.path),
+        "fine_tunes": snapshot.fine_tunes,
+        **{key: snapshot.manifest[key] for key in keys},
+        "files": snapshot.manifest["files"],
+    }
+
+
+def resolve(store: Store, ledger: Ledger, which: str) -> Path:
+    """Find the folder of `head`, `current` or a version number, accepted or refused."""
+    if which == "current":
+        found = snapshots.current(store)
+    elif which == "head":
+        head = ledger.fact("head")
+        found = store.snapshots / head if head else None
+    elif which.isdecimal():
+        found = snapshots.by_version(store, int(which)) or next(
+            (
+                path
+                for path in snapshots.folders(store.candidates)
+                if int(path.name.split("-")[0]) == int(which)
+            ),
+            None,
+        )
+    else:
+        raise ConfigError(f"{which!r} is no version", hint="give a number, head or current")
+    if found is None or not found.exists():
+        raise StreammergeError(
+            f"version {which} is not on disk", hint="`streammerge history` lists the versions"
+        )
+    return found
+
+
+def fine_tunes(ledger: Ledger) -> list[dict[str, Any]]:
+    """List every fine-tune ever seen, in folding order."""
+    return [fine_tune(row) for row in ledger.fine_tunes()]
+
+
+def fine_tune(row: Row) -> dict[str, Any]:
+    """Describe one fine-tune: where it stands, waiting for what, until when."""
+    return {
+        "name": row["name"], "source": row["source"], "revision": row["revision"] or None, "digest": row["digest"] or None,
+        "state": row["state"], "reason": row["reason"] or None, "version": row["version"], "detail": row["detail"] or None,
+        "step": row["step"], "published_at": iso(row["published_at"]), "first_seen_at": iso(row["first_seen_at"]),
+        "updated_at": iso(row["updated_at"]), "attempts": row["attempts"],
+        "until": iso(row["next_try_at"]) if row["next_try_at"] and row["state"] in PENDING_STATES else None,
+    }  # fmt: skip
+
+
+def match_fine_tune(rows: list[Row], name: str) -> Row:
+    """Choose among rows; an ambiguous name must say its source."""
+    wanted, _, revision = name.partition("@")
+    source, _, plain = wanted.rpartition(":")
+    found = [
+        row for row in rows
+        if row["name"] == plain and source in ("", row["source"]) and row["revision"].startswith(revision)
+    ]  # fmt: skip
+    if not found:
+        raise StreammergeError(f"no fine-tune is called {name}", hint="`streammerge fine-tunes` lists them")
+    if len({row["source"] for row in found}) > 1:
+        sources = ", ".join(sorted({row["source"] for row in found}))
+        raise StreammergeError(f"{name} is published by {sources}", hint=f"write SOURCE:{plain}")
+    return max(found, key=lambda row: row["id"])
+
+
+def verify(store: Store, ledger: Ledger, beat: Callable[[str], None] = lambda _name: None) -> list[str]:
+    """Check every version byte for byte, and the ledger against the manifests; gives what is damaged, in words.
+
+    What a kill leaves behind and the next start finishes is not damage: a trailing version without its row, or
+    `current` one step behind an intent.
+    """
+    damage: list[str] = []
+    rows = {row["version"]: row for row in ledger.rows("select * from snapshots")}
+    found: dict[int, snapshots.Snapshot] = {}
+    for path in snapshots.folders(store.snapshots):
+        beat(path.name)
+        try:
+            snapshot = snapshots.read(path)
+            found[snapshot.version] = snapshot
+            snapshots.check_hashes(snapshot)
+        except Damaged as exc:
+            damage.append(exc.message)
+    head = ledger.fact("head")
+    for version, snapshot in found.items():
+        row = rows.get(version)
+        if row is None and not (version == max(found) and snapshot.parent in (None, digest_of(found, head))):
+            damage.append(f"{snapshot.path} has no row in {store.ledger}")
+        elif row is not None and row["digest"] != snapshot.digest:
+            damage.append(
+                f"{snapshot.path} has digest {snapshot.digest[:12]}, {store.ledger} says {row['digest'][:12]}"
+            )
+    for version, row in rows.items():
+        if row["state"] in ("accepted", "rolled_back") and version not in found:
+            folder = store.snapshots / snapshots.folder_name(version, row["digest"])
+            if not any(folder.name in line for line in damage):
+                damage.append(f"{folder} is missing")
+    if missing := sorted(set(range(max(rows, default=-1) + 1)) - set(rows)):
+        damage.append(f"{store.ledger} has no row for version {missing[0]}")
+    damage += check_current(store, ledger, head)
+    return damage
+
+
+def digest_of(found: dict[int, snapshots.Snapshot], folder: str | None) -> str | None:
+    """Give the whole digest of an accepted folder."""
+    return next((snapshot.digest for snapshot in found.values() if snapshot.path.name == folder), None)
+
+
+def check_current(store: Store, ledger: Ledger, head: str | None) -> list[str]:
+    """Check that `current` and head lead to accepted versions."""
+    damage = []
+    serving = snapshots.current(store)
+    if head is not None and not (store.snapshots / head).is_dir():
+        damage.append(f"{store.snapshots / head}, the head, is missing")
+    unfinished = ledger.row("select 1 from promotions where switched_at is null")
+    if serving is not None and (serving.parent != store.snapshots or not serving.is_dir()):
+        damage.append(f"{store.current} leads to {serving}, which is no accepted version")
+    if serving is None and head is not None and not unfinished:
+        damage.append(f"{store.current} is missing")
+    return damage

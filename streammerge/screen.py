@@ -1,0 +1,92 @@
+"""Is this a valid, safe fine-tune of our base? Verdicts are exceptions: errors.Refused with one of REASONS.
+
+Headers first, before anything is read; values while the fold reads them; figures once it has. Knows nothing of the
+ledger: who else is folded is told to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streammerge.engine import MARK
+from streammerge.errors import Refused
+from streammerge.finetune import FineTune, Tolerance
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+    from pathlib import Path
+
+    from streammerge.engine import Measured
+    from streammerge.plan import Plan
+    from streammerge.weights import Entry
+
+# Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
+REASONS = {
+    "adapter": "an adapter; this release folds full weights",
+    "denied": "taken out by a rollback or rejected by a person",
+    "duplicate": "the same content is folded or waiting already",
+    "empty": "a file without weights",
+    "implausible": "its delta is longer than max_delta_ratio times the base",
+    "incomplete": "files were still missing after incomplete_after",
+    "malformed": "a file that is not what its header claims",
+    "missing-weights": "weights of the base are not in it",
+    "needs-replay": "a changed revision of a folded fine-tune",
+    "non-finite": "NaN or infinite values",
+    "overflow": "the merged weight does not fit into the base's dtype",
+    "own-merge": "one of streammerge's own merges",
+    "pickle-only": "no safetensors, only pickled weights",
+    "quality": "a gate refused the candidate",
+    "quantised": "stored in fewer bits than a float has",
+    "symlink": "a symbolic link, which the source does not follow",
+    "unknown-weights": "weights that the base does not have",
+    "unsupported-dtype": "integers where the base has floats",
+    "untied-head": "a head that differs from the embedding it is tied to",
+    "vocab-resized": "a vocabulary of another size",
+    "wrong-base": "made from another model",
+    "wrong-shape": "a weight of another shape",
+    "zero-delta": "equal to the base",
+}
+
+
+def examine(
+    path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance, allow: Container[str] = ()
+) -> FineTune:
+    """Open a fetched fine-tune and check everything that its headers and configuration can show."""
+    if path.is_dir() and (path / MARK).exists() and "own-merge" not in allow:
+        raise Refused(
+            "own-merge",
+            f"{path.name} holds {MARK}: it is a merge made by streammerge",
+            hint="publish merges where no source of theirs looks",
+        )
+    return FineTune(path, base, plan, tolerance)
+
+
+def refuse_known(digest: str, *, folded: Container[str], denied: Container[str]) -> None:
+    """Refuse content that is in the merge already, or that a person took out."""
+    if digest in denied:
+        raise Refused(
+            "denied",
+            f"content {digest[:12]} was taken out",
+            hint="`streammerge fine-tunes approve` lets it in again",
+        )
+    if digest in folded:
+        raise Refused(
+            "duplicate", f"content {digest[:12]} is folded or waiting already", hint="nothing to do"
+        )
+
+
+def judge(measured: Measured, *, max_delta_ratio: float, allow: Container[str] = ()) -> None:
+    """Refuse by what the fold measured: a delta of zero, or one longer than the base allows."""
+    delta, base = measured.delta_norm, measured.base_norm
+    if delta == 0.0 and "zero-delta" not in allow:
+        raise Refused(
+            "zero-delta",
+            "every weight equals the base's",
+            hint="the base itself was published, or the fine-tuned weights were not saved",
+        )
+    if delta > max_delta_ratio * base and "implausible" not in allow:
+        raise Refused(
+            "implausible",
+            f"||delta|| = {delta:.4g} is {delta / base:.2f} x ||base||, more than max_delta_ratio = {max_delta_ratio:g}",
+            hint="a fine-tune moves its base by a few percent; check that it was trained from this base",
+        )

@@ -1,0 +1,151 @@
+"""One HTTP port: status page, JSON, metrics, health. Reads only; whatever changes state is not here.
+
+Knows what it is given to show, nothing of how it comes about.
+"""
+
+from __future__ import annotations
+
+import html
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from streammerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prometheus_client import CollectorRegistry
+    from starlette.requests import Request
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>streammerge</title><meta http-equiv="refresh" content="5">
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse;width:100%}}td,th{{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}}
+code{{font-size:.9em}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}.hold{{background:#fff3cd;padding:.5rem 1rem}}</style>
+<h1>streammerge</h1>{body}
+<p><a href="api/v1/status">status</a> · <a href="api/v1/history">history</a> · <a href="api/v1/fine-tunes">fine-tunes</a> ·
+<a href="metrics">metrics</a></p></html>"""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What there is to show; each is called at every request."""
+
+    status: Callable[[], dict[str, Any]]
+    history: Callable[[], list[dict[str, Any]]]
+    fine_tunes: Callable[[], list[dict[str, Any]]]
+    problems: Callable[[], list[str]]
+    is_alive: Callable[[], bool]
+    registry: Callable[[], CollectorRegistry]
+
+
+def make_app(views: Views) -> Starlette:
+    """Lay the views on their addresses."""
+
+    def page(_request: Request) -> Response:
+        return HTMLResponse(PAGE.format(body=summary(views)))
+
+    def as_json(view: Callable[[], Any]) -> Callable[[Request], Response]:
+        return lambda _request: JSONResponse(view())
+
+    def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(views.registry()), media_type=None, headers={"content-type": content_type})
+
+    def healthz(_request: Request) -> Response:
+        return (
+            JSONResponse({"alive": True})
+            if views.is_alive()
+            else JSONResponse({"alive": False}, status_code=503)
+        )
+
+    def readyz(_request: Request) -> Response:
+        problems = views.problems()
+        return JSONResponse(
+            {"ready": not problems, "problems": problems}, status_code=503 if problems else 200
+        )
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/api/v1/status", as_json(views.status)),
+            Route("/api/v1/history", as_json(views.history)),
+            Route("/api/v1/fine-tunes", as_json(views.fine_tunes)),
+            Route("/metrics", metrics),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+        ]
+    )
+
+
+def summary(views: Views) -> str:
+    """Write the page's middle: what is served, what is held, the latest fine-tunes and versions."""
+    status = views.status()
+    current, head = status["current"] or {}, status["head"] or {}
+    parts = [
+        f"<p>Serving version <b>{current.get('version', '-')}</b> of {status['count']} fine-tunes by <b>{status['method']}</b>; "
+        f"head is {head.get('version', '-')}, {status['pending']} pending.<br><code>{html.escape(str(current.get('path', '')))}</code></p>"
+    ]
+    parts += [f'<p class="hold">Held: {html.escape(status["held"])}</p>'] if status["held"] else []
+    parts += [f'<p class="hold">Not ready: {html.escape(problem)}</p>' for problem in views.problems()]
+    parts.append(
+        table(
+            "Fine-tunes",
+            views.fine_tunes()[-20:],
+            ("name", "source", "revision", "state", "reason", "version", "detail"),
+        )
+    )
+    parts.append(
+        table("Versions", views.history()[-20:][::-1], ("version", "state", "added", "promoted_at", "note"))
+    )
+    return "".join(parts)
+
+
+def table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """Write rows as an HTML table."""
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    lines = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape('' if row[c] is None else str(row[c]))}</td>" for c in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<h2>{title}</h2><table><tr>{head}</tr>{lines}</table>"
+
+
+class Server:
+    """Serves an app on its own thread from the moment it is made until `stop`."""
+
+    def __init__(self, app: Starlette, address: tuple[str, int]) -> None:
+        """Bind the port at once: a taken port is a ConfigError before anything else starts."""
+        host, port = address
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except OSError as exc:
+            self._socket.close()
+            raise ConfigError(
+                f"http.listen {host}:{port}: {exc.strerror}", hint="choose another port in http.listen"
+            ) from exc
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
+        )
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="http", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer what is under way and close the port."""
+        self._server.should_exit = True
+        self._thread.join(timeout=5.0)
+        self._socket.close()

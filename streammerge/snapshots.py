@@ -1,0 +1,268 @@
+"""The versioned store: build, seal, accept, list, verify, collect.
+
+Knows folders, manifests and digests; nothing of sources, the ledger or merging. The invariants: a sealed folder
+never changes; a folder appears under its final name whole or not at all; `current` points only into snapshots/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge import files
+from streammerge.errors import ConfigError, Damaged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+FORMAT = 1
+DIGEST_CHARACTERS = 12
+FOLDER = re.compile(r"^(\d{6,})-([0-9a-f]{12})$")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where everything of one store lies."""
+
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        """store.json: what is fixed for the life of the store."""
+        return self.root / "store.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose flock makes one process the writer."""
+        return self.root / "lock"
+
+    @property
+    def ledger(self) -> Path:
+        """The SQLite database."""
+        return self.root / "ledger.db"
+
+    @property
+    def inbox(self) -> Path:
+        """Fetched fine-tunes."""
+        return self.root / "inbox"
+
+    @property
+    def candidates(self) -> Path:
+        """Sealed, not accepted."""
+        return self.root / "candidates"
+
+    @property
+    def snapshots(self) -> Path:
+        """Accepted."""
+        return self.root / "snapshots"
+
+    @property
+    def current(self) -> Path:
+        """The symlink to the snapshot being served."""
+        return self.root / "current"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a daemon has ever made it."""
+        return self.settings.is_file()
+
+    def create(self) -> None:
+        """Make the folders of a new store."""
+        for folder in (self.root, self.inbox, self.candidates, self.snapshots):
+            folder.mkdir(exist_ok=True, parents=True, mode=0o755)
+        files.fsync_folder(self.root)
+
+    def read_settings(self) -> dict[str, Any]:
+        """Read store.json."""
+        try:
+            settings: dict[str, Any] = json.loads(self.settings.read_bytes())
+        except (OSError, ValueError) as exc:
+            raise Damaged(
+                f"{self.settings} cannot be read: {exc}", hint="restore it from a backup of the store"
+            ) from exc
+        if settings.get("format") != FORMAT:
+            raise ConfigError(
+                f"{self.root} has store format {settings.get('format')}, this release reads {FORMAT}",
+                hint="use the release that made the store, or start a new store",
+            )
+        return settings
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One sealed version; `digest` is the sha256 of its manifest.json."""
+
+    path: Path
+    digest: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def version(self) -> int:
+        """Its number, never given twice."""
+        return int(self.manifest["version"])
+
+    @property
+    def parent(self) -> str | None:
+        """Digest of the snapshot it was folded from; None for version 0."""
+        return self.manifest["parent"]  # type: ignore[no-any-return]
+
+    @property
+    def fine_tunes(self) -> list[dict[str, Any]]:
+        """What is folded, in order: name, source, revision, digest, weight."""
+        return list(self.manifest["fine_tunes"])
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests of what is folded, in order."""
+        return [fine_tune["digest"] for fine_tune in self.fine_tunes]
+
+    @property
+    def model(self) -> Path:
+        """What servers load."""
+        return self.path / "model"
+
+    @property
+    def state(self) -> Path:
+        """What the next fold starts from."""
+        return self.path / "state"
+
+
+def folder_name(version: int, digest: str) -> str:
+    """Name a sealed folder so that its number and content can be read off it."""
+    return f"{version:06d}-{digest[:DIGEST_CHARACTERS]}"
+
+
+def begin(store: Store, version: int) -> Path:
+    """Make an empty building folder; one that a kill left behind is removed first."""
+    building = store.candidates / f".building-{version:06d}"
+    files.remove_tree(building)
+    for part in ("model", "state"):
+        (building / part).mkdir(parents=True)
+    return building
+
+
+def seal(store: Store, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
+    """Write the manifest, make everything durable and read-only, and give the folder its name in candidates/.
+
+    hashes  path below the building folder -> sha256, for files whose writer already knows it
+    """
+    listed = {}
+    for path in sorted(p for p in building.rglob("*") if p.is_file()):
+        name = path.relative_to(building).as_posix()
+        listed[name] = {"sha256": hashes.get(name) or files.sha256_file(path), "bytes": path.stat().st_size}
+    content = files.canonical_json({**manifest, "format": FORMAT, "files": listed})
+    files.write_file(building / "manifest.json", content)
+    files.fsync_tree(building)
+    files.protect(building)
+    digest = hashlib.sha256(content).hexdigest()
+    sealed = store.candidates / folder_name(int(manifest["version"]), digest)
+    files.rename_folder(building, sealed)
+    return Snapshot(sealed, digest, json.loads(content))
+
+
+def accept(store: Store, candidate: Snapshot) -> Snapshot:
+    """Move a candidate into snapshots/."""
+    target = store.snapshots / candidate.path.name
+    files.rename_folder(candidate.path, target)
+    return Snapshot(target, candidate.digest, candidate.manifest)
+
+
+def read(path: Path) -> Snapshot:
+    """Open a sealed folder: its manifest must hash to what the folder's name says."""
+    match = FOLDER.match(path.name)
+    try:
+        content = (path / "manifest.json").read_bytes()
+        manifest = json.loads(content)
+    except (OSError, ValueError) as exc:
+        raise Damaged(f"{path}/manifest.json cannot be read: {exc}", hint=RESTORE) from exc
+    digest = hashlib.sha256(content).hexdigest()
+    if not match or match[2] != digest[:DIGEST_CHARACTERS] or int(match[1]) != manifest.get("version"):
+        raise Damaged(
+            f"{path}/manifest.json is not the one that was sealed: its hash is {digest[:12]}", hint=RESTORE
+        )
+    return Snapshot(path, digest, manifest)
+
+
+RESTORE = "restore the folder from a backup, or `streammerge rollback` to a version that verifies"
+
+
+def folders(parent: Path) -> list[Path]:
+    """List the sealed folders of candidates/ or snapshots/ by number, without reading them."""
+    if not parent.is_dir():
+        return []
+    named = [(int(m[1]), entry) for entry in parent.iterdir() if (m := FOLDER.match(entry.name))]
+    return [entry for _, entry in sorted(named, key=lambda pair: (pair[0], pair[1].name))]
+
+
+def by_version(store: Store, version: int) -> Path | None:
+    """Find the accepted folder of a version."""
+    return next((path for path in folders(store.snapshots) if int(path.name.split("-")[0]) == version), None)
+
+
+def current(store: Store) -> Path | None:
+    """Resolve `current`; None where nothing was promoted yet."""
+    try:
+        return store.root / store.current.readlink()
+    except OSError:
+        return None
+
+
+def switch(store: Store, snapshot: Snapshot) -> None:
+    """Point `current` at an accepted snapshot, in one step."""
+    assert snapshot.path.parent == store.snapshots
+    files.replace_link(store.current, f"snapshots/{snapshot.path.name}")
+
+
+def check_sizes(snapshot: Snapshot) -> None:
+    """Raise Damaged unless every file of the manifest is there with its size and nothing else is."""
+    listed = snapshot.manifest["files"]
+    for name, facts in listed.items():
+        path = snapshot.path / name
+        if not path.is_file():
+            raise Damaged(f"{path} is missing", hint=RESTORE)
+        if path.stat().st_size != facts["bytes"]:
+            raise Damaged(
+                f"{path} has {path.stat().st_size:,} bytes, sealed with {facts['bytes']:,}", hint=RESTORE
+            )
+    for directory, _, names in os.walk(snapshot.path):
+        for name in names:
+            below = Path(directory, name).relative_to(snapshot.path).as_posix()
+            if below not in listed and below != "manifest.json":
+                raise Damaged(
+                    f"{snapshot.path / below} was not there when the version was sealed", hint=RESTORE
+                )
+
+
+def check_hashes(snapshot: Snapshot, beat: Callable[[], None] = lambda: None) -> None:
+    """Raise Damaged unless every file's content is what was sealed. Reads everything."""
+    check_sizes(snapshot)
+    for name, facts in snapshot.manifest["files"].items():
+        beat()
+        if files.sha256_file(snapshot.path / name) != facts["sha256"]:
+            raise Damaged(
+                f"{snapshot.path / name} does not have the content it was sealed with", hint=RESTORE
+            )
+
+
+def remove_unfinished(store: Store) -> list[str]:
+    """Remove what a kill left half made; give the names."""
+    removed = []
+    for parent in (store.candidates, store.snapshots):
+        for path in parent.glob(".building-*"):
+            files.remove_tree(path)
+            removed.append(path.name)
+    for link in store.root.glob(".current.tmp"):
+        link.unlink()
+    return removed
+
+
+def collectable(store: Store, *, keep: int, keep_always: Iterable[Path]) -> list[Path]:
+    """List accepted folders that may go: all but the newest `keep` and those that must stay."""
+    stay = {path.name for path in keep_always}
+    older = folders(store.snapshots)[:-keep] if keep else folders(store.snapshots)
+    return [path for path in older if path.name not in stay]

@@ -1,0 +1,207 @@
+"""A folder as a source: every folder or .safetensors file in it is a fine-tune.
+
+A fine-tune is complete when its weights set is whole (header arithmetic, every shard of the index) and nothing of it
+changed for the settle time, counted from the last change seen here. Its revision is its content: editing a README
+or touching a file is no news. File events are hints; the scan is the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import os
+import stat
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+import watchdog.events
+import watchdog.observers
+
+from streammerge import files, weights
+from streammerge.errors import Refused, TryAgain
+from streammerge.sources import Known, Sighting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from streammerge.config import DirectorySource
+
+FETCHED_SUFFIXES = (".safetensors", ".safetensors.index.json")
+FETCHED_NAMES = ("config.json", "adapter_config.json", "streammerge.json")
+REVISION_CHARACTERS = 16
+
+log = structlog.get_logger()
+
+
+class Directory:
+    """One watched folder."""
+
+    def __init__(
+        self, config: DirectorySource, beat: Callable[[], None], clock: Callable[[], float] = time.time
+    ) -> None:
+        """`clock` gives seconds since 1970."""
+        self.name = config.name
+        self.config = config
+        self._beat = beat
+        self._clock = clock
+        self._changed_at: dict[str, tuple[str, float]] = {}
+
+    def look(self, known: Mapping[str, Known]) -> list[Sighting]:
+        """Scan the folder once."""
+        try:
+            entries = sorted(os.scandir(self.config.path), key=lambda entry: entry.name)
+        except OSError as exc:
+            raise TryAgain(
+                f"source {self.name}: {self.config.path}: {exc.strerror}",
+                hint="check that the folder exists, is mounted and can be read",
+            ) from exc
+        seen = [s for entry in entries if not self._is_ignored(entry) and (s := self._see(entry, known))]
+        present = {entry.name for entry in entries}
+        self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in present}
+        return seen
+
+    def _is_ignored(self, entry: os.DirEntry[str]) -> bool:
+        if any(fnmatch.fnmatchcase(entry.name, glob) for glob in self.config.ignore):
+            return True
+        return not entry.is_dir() and not entry.name.endswith(".safetensors")
+
+    def _see(self, entry: os.DirEntry[str], known: Mapping[str, Known]) -> Sighting | None:
+        """Judge one entry; None if it vanished while we looked."""
+        path = self.config.path / entry.name
+        try:
+            links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
+            if links and not self.config.follow_symlinks:
+                return Sighting(
+                    entry.name, f"link-{links[0]}"[:80], entry.stat(follow_symlinks=False).st_mtime, refused="symlink",
+                    waiting_for=f"{links[0]} is a symbolic link; set follow_symlinks: true for this source to allow it",
+                )  # fmt: skip
+            fingerprint, modified = _fingerprint(path)
+            return self._ready_or_waiting(entry.name, path, fingerprint, modified, known.get(entry.name))
+        except FileNotFoundError:
+            return None
+        except PermissionError as exc:
+            return Sighting(
+                entry.name, "", self._clock(), waiting_for=f"{exc.filename} cannot be read: {exc.strerror}"
+            )
+
+    def _ready_or_waiting(
+        self, name: str, path: Path, fingerprint: str, modified: float, known: Known | None
+    ) -> Sighting:
+        remembered = known.fingerprint == fingerprint and known.revision if known else ""
+        if remembered:
+            return Sighting(name, str(remembered), modified, fingerprint=fingerprint)
+        now = self._clock()
+        before = self._changed_at.get(name)
+        if before is None or before[0] != fingerprint:
+            before = self._changed_at[name] = (fingerprint, now)
+        try:
+            weights.Weights(weights.find(path)).__exit__(None, None, None)
+        except weights.Incomplete as exc:
+            return Sighting(name, "", modified, waiting_for=exc.message)
+        except Refused as exc:
+            if exc.reason != "pickle-only":  # a header that cannot be true needs no settling
+                return Sighting(name, _raw_revision(path), modified, fingerprint=fingerprint)
+        settled_at = before[1] + self.config.settle
+        if now < settled_at:
+            return Sighting(
+                name,
+                "",
+                modified,
+                waiting_for="it changed a moment ago; waiting until it settles",
+                until=settled_at,
+            )
+        revision = self._revision(path)
+        if _fingerprint(path)[0] != fingerprint:
+            return Sighting(
+                name, "", modified, waiting_for="it changed while it was read", until=now + self.config.settle
+            )
+        return Sighting(name, revision, modified, fingerprint=fingerprint)
+
+    def _revision(self, path: Path) -> str:
+        """Name the content; what cannot be parsed is named by its raw bytes."""
+        try:
+            return weights.identity(path, self._beat)[:REVISION_CHARACTERS]
+        except (Refused, weights.Incomplete):
+            return _raw_revision(path)
+
+    def fetch(self, name: str, revision: str, into: Path) -> None:
+        """Copy what the fold needs; the caller checks the content's digest."""
+        del revision  # the folder only ever has its newest
+        path = self.config.path / name
+        try:
+            for file in _files_of(path) if path.is_dir() else [path]:
+                if (
+                    file.name in FETCHED_NAMES
+                    or file.name.endswith(FETCHED_SUFFIXES)
+                    or weights.PICKLES.match(file.name)
+                ):
+                    self._beat()
+                    if weights.PICKLES.match(file.name):
+                        (into / file.name).touch()  # its name is enough to refuse it
+                        continue
+                    files.copy_file(file, into / file.name, follow_symlinks=self.config.follow_symlinks)
+        except FileNotFoundError as exc:
+            raise TryAgain(
+                f"{name}: {exc.filename} vanished while it was fetched", hint="publish it again"
+            ) from exc
+
+    def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
+        """Have the kernel say when something below the folder changes; falls back to the poll alone."""
+        observer = watchdog.observers.Observer()
+
+        class Hint(watchdog.events.FileSystemEventHandler):
+            def on_any_event(self, event: watchdog.events.FileSystemEvent) -> None:
+                if event.event_type not in ("opened", "closed_no_write"):
+                    hint()
+
+        try:
+            observer.schedule(Hint(), str(self.config.path), recursive=True)
+            observer.start()
+        except OSError as exc:  # no folder yet, or no inotify watches left
+            log.warning(
+                "source.events_unavailable", source=self.name, error=str(exc), poll_seconds=self.config.poll
+            )
+            return lambda: None
+
+        def stop() -> None:
+            observer.stop()
+            with contextlib.suppress(RuntimeError):
+                observer.join(timeout=5.0)
+
+        return stop
+
+
+def open_source(config: DirectorySource, beat: Callable[[], None]) -> Directory:
+    """Make the source."""
+    return Directory(config, beat)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """List the files directly in a folder; folders inside a fine-tune are not entered."""
+    if not path.is_dir():
+        return []
+    return sorted(path / entry.name for entry in os.scandir(path) if not entry.is_dir(follow_symlinks=False))
+
+
+def _fingerprint(path: Path) -> tuple[str, float]:
+    """Sum up inode, size and times of every file that matters, and give the latest modification."""
+    relevant = [p for p in _files_of(path) if not p.name.startswith(".")] if path.is_dir() else [path]
+    facts, modified = [], path.stat().st_mtime
+    for file in relevant:
+        found = file.stat()
+        if stat.S_ISREG(found.st_mode):
+            facts.append((file.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            modified = max(modified, found.st_mtime)
+    return hashlib.sha256(repr(facts).encode()).hexdigest(), modified
+
+
+def _raw_revision(path: Path) -> str:
+    """Name unreadable content by the names, sizes and first bytes of its files."""
+    found = hashlib.sha256()
+    for file in _files_of(path) or [path]:
+        with file.open("rb") as opened:
+            found.update(f"{file.name}\0{file.stat().st_size}\0".encode() + opened.read(1 << 16))
+    return found.hexdigest()[:REVISION_CHARACTERS]

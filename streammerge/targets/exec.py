@@ -1,0 +1,54 @@
+"""A command as a target: exit 0 says that the version is served, 75 means later, anything else is a failure.
+
+The command gets STREAMMERGE_SNAPSHOT (the resolved folder), _VERSION, _DIGEST and _DELIVERY in a small environment
+and nothing on standard input. On a timeout its whole process group is killed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streammerge import programs
+from streammerge.errors import TryAgain
+
+if TYPE_CHECKING:
+    from streammerge.config import ExecTarget
+    from streammerge.targets import Told
+
+LATER = 75
+
+
+class Exec:
+    """One command."""
+
+    def __init__(self, config: ExecTarget) -> None:
+        """Keep the configuration."""
+        self.name = config.name
+        self.config = config
+
+    def tell(self, told: Told) -> None:
+        """Run the command once."""
+        environment = {
+            "STREAMMERGE_SNAPSHOT": str(told.snapshot),
+            "STREAMMERGE_VERSION": str(told.version),
+            "STREAMMERGE_DIGEST": told.digest,
+            "STREAMMERGE_DELIVERY": told.delivery,
+        }
+        code, output, errors = programs.run(self.config.argv, environment, self.config.timeout)
+        if code == LATER:
+            raise TryAgain(f"target {self.name} says later (exit 75)", hint="it is told again by itself")
+        if code is None:
+            raise TryAgain(
+                f"target {self.name} did not end within {self.config.timeout:g} s",
+                hint="raise its timeout, or mend the command",
+            )
+        if code:
+            raise TryAgain(
+                f"target {self.name} failed with exit {code}: {(errors or output)[-300:].strip() or 'no output'}",
+                hint="it is told again by itself; `streammerge targets test` tries it now",
+            )
+
+
+def open_target(config: ExecTarget) -> Exec:
+    """Make the target."""
+    return Exec(config)
