@@ -39,7 +39,8 @@ run: install  ## show the daemon at work on a small model made on the spot
 test: install  ## run the tests
 	@$(BIN)/pytest -q
 
-test-slow: install  ## run the tests that take longer
+test-slow: install  ## run the tests that take longer, on real weights too
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,demo,slow]'
 	@$(BIN)/pytest -q -m slow
 
 test-gpu: install  ## run the tests that need a CUDA device

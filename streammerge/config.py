@@ -1,7 +1,7 @@
 """The configuration: YAML, environment, defaults; checked whole before anything starts.
 
-Unknown keys are errors that name the nearest valid one. Relative paths are taken against the file. Secrets never
-stand in it: keys ending in `_file` name where they are, and systemd credentials are looked up by name.
+Unknown keys are errors that name the nearest valid one. Relative paths are taken against the file. Secrets
+never stand in it: keys ending in `_file` name where they are, and systemd credentials are looked up by name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ UNIT_BYTES = {
 }
 
 
-def parse_duration(value: Any) -> float:  # noqa: ANN401 -- whatever YAML gave
+def parse_duration(value: object) -> float:
     """Read "30s", "5m", "1h30m" or a number of seconds."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         seconds = float(value)
@@ -57,7 +57,7 @@ def parse_duration(value: Any) -> float:  # noqa: ANN401 -- whatever YAML gave
     return seconds
 
 
-def parse_size(value: Any) -> int:  # noqa: ANN401 -- whatever YAML gave
+def parse_size(value: object) -> int:
     """Read "20GiB", "500 MB" or a number of bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", str(value), re.IGNORECASE)
     if isinstance(value, bool) or not match:
@@ -361,7 +361,7 @@ def valid_keys(model: type[BaseModel], spots: list[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401 -- a type, of any form
+def _section_of(annotation: object) -> type[BaseModel] | None:
     """Find the section inside tuple[Section, ...], dict[str, Section], unions and the like."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -374,7 +374,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
     """Make every path absolute, against the folder of the file."""
 
     def against(path: Path) -> Path:
-        return Path(os.path.abspath(folder / path.expanduser()))  # noqa: PTH100 -- must not resolve symlinks
+        return Path(os.path.abspath(folder / path.expanduser()))  # noqa: PTH100 -- must not resolve symbolic links
 
     return config.model_copy(
         update={

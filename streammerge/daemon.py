@@ -19,11 +19,12 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from streammerge import config as configuration
-from streammerge import files, operations, pipeline, promote, reconcile, recovery, reports, screen, snapshots
+from streammerge import files, operations, promote, recovery, reports, screen, turns
 from streammerge.engine import Engine
-from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
+from streammerge.errors import ConfigError, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.metrics import Metrics
+from streammerge.once import raise_if_set
 from streammerge.server import Server, Views, make_app
 from streammerge.sources import open_source
 from streammerge.targets import open_target
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.config import Config
-    from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.sources import Source
 
@@ -217,7 +217,7 @@ class Daemon:
     def _take(self, config: Config) -> None:
         """Build sources, targets and triggers from a configuration that was checked."""
         assert self.merge is not None
-        stopping = partial(_raise_if_set, self.stopping)
+        stopping = partial(raise_if_set, self.stopping)
         sources = {part.name: open_source(part, stopping) for part in config.sources}
         for stop in self._watchers.values():
             stop()
@@ -244,18 +244,20 @@ class Daemon:
         """Take the changed configuration whole, or keep the old one whole."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            fresh, _ = configuration.load(self.config_path)
-            if fixed := configuration.changed_fixed(self.config, fresh):
-                raise ConfigError(
-                    f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it"
-                )
-            self._take(fresh)
+            self._take(self._read_again())
             self.metrics.reload_ok.set(1)
             log.info("config.reloaded", file=str(self.config_path))
         except ConfigError as exc:
             self.metrics.reload_ok.set(0)
-            log.error("config.reload_refused", error=exc.message, hint=exc.hint)
+            log.error("config.reload_refused", error=exc.message, hint=exc.hint)  # noqa: TRY400 -- no traceback for a typing error
         notify("READY=1")
+
+    def _read_again(self) -> Config:
+        """Read the configuration file; raises ConfigError for a change that only a restart can take."""
+        fresh, _ = configuration.load(self.config_path)
+        if fixed := configuration.changed_fixed(self.config, fresh):
+            raise ConfigError(f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it")
+        return fresh
 
     # Sources
 
@@ -269,7 +271,7 @@ class Daemon:
             return
         try:
             self._look_again.discard(name)
-            look_at(self._merge(), self.sources[name], self._look_later)
+            turns.look_at(self._merge(), self.sources[name], self._look_later)
             self._watch(name)
         except Stopped:
             return
@@ -304,12 +306,12 @@ class Daemon:
     def _work(self) -> None:
         """Fold what is pending, one at a time, for as long as the process lives."""
         merge = self._merge()
-        check_served(merge)
+        turns.check_served(merge)
         while not self.stopping.is_set():
             self._beat()
             self.work_there.clear()
             self._fold_bytes = 0
-            if not work_once(merge, self.sources):
+            if not turns.work_once(merge, self.sources):
                 self.work_there.wait(IDLE_SECONDS)
             else:
                 self.news_there.set()
@@ -374,186 +376,12 @@ class Daemon:
         def rows(view: Callable[..., list[dict[str, Any]]]) -> Callable[[], list[dict[str, Any]]]:
             return lambda: view(self.merge.ledger) if self.merge else []
 
-        def registry() -> Any:  # noqa: ANN401 -- prometheus_client's
+        def registry() -> Any:  # noqa: ANN401 -- prometheus_client's registry, which is not imported here
             self.metrics.heartbeat.labels("worker").set(time.time() - (time.monotonic() - self._heartbeat))
             if self.merge is not None:
-                refresh(self.merge)
+                turns.refresh(self.merge)
             return self.metrics.registry
 
         return Views(
             status, rows(reports.history), rows(reports.fine_tunes), self._problems, self._is_alive, registry
         )
-
-
-def _raise_if_set(stopping: threading.Event) -> None:
-    if stopping.is_set():
-        raise Stopped("a stop was asked for", hint="the work is done again at the next start")
-
-
-def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], None]) -> None:
-    """Look at a source once, with its metrics and one log line when its state changes; raises TryAgain."""
-    part = next(p for p in merge.config.sources if p.name == source.name)
-    started = time.monotonic()
-    before = reports.source_status(merge.ledger, source.name)["state"]
-    try:
-        until = reconcile.observe(merge, source, part)
-    except Stopped:
-        raise
-    except TryAgain as exc:
-        reconcile.failed(merge.ledger, source.name, exc.message)
-        merge.metrics.polls.labels(source.name, "error").inc()
-        merge.metrics.source_up.labels(source.name).set(0)
-        if before != "error":
-            log.warning("source.unreachable", source=source.name, error=exc.message, hint=exc.hint)
-        raise
-    finally:
-        merge.metrics.poll_seconds.labels(source.name).observe(time.monotonic() - started)
-    merge.metrics.polls.labels(source.name, "ok").inc()
-    merge.metrics.source_up.labels(source.name).set(1)
-    if before == "error":
-        log.info("source.reachable", source=source.name)
-    if until:
-        look_later(source.name, until - now())
-
-
-def check_served(merge: Merge) -> None:
-    """Before the first fold after a start: head and current must be, byte for byte, what was sealed."""
-    started = time.monotonic()
-    wanted = {merge.head.path, snapshots.current(merge.store) or merge.head.path}
-    for path in sorted(wanted):
-        snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
-    log.info(
-        "store.verified",
-        versions=[path.name for path in sorted(wanted)],
-        seconds=round(time.monotonic() - started, 3),
-    )
-
-
-def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
-    """Take up the next thing that can be done; False if there is nothing to do now."""
-    if not merge.held:
-        conclude_open(merge)
-    row = next_row(merge, sources)
-    if row is None:
-        return False
-    try:
-        pipeline.journey(merge, row, sources[row["source"]])
-    except Stopped:
-        raise
-    except TryAgain as exc:
-        pipeline.put_back(merge, row, exc)
-    return True
-
-
-def conclude_open(merge: Merge) -> None:
-    """Gate and accept candidates that a kill or a hold left sealed."""
-    for row in merge.ledger.rows("select * from snapshots where state = 'candidate' order by version"):
-        path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
-        try:
-            pipeline.conclude(merge, snapshots.read(path))
-        except Stopped:
-            raise
-        except TryAgain as exc:
-            log.warning("candidate.waits", version=row["version"], detail=exc.message)
-            merge.full_disk = exc.message if isinstance(exc, NoSpace) else merge.full_disk
-
-
-def next_row(merge: Merge, sources: dict[str, Source]) -> Row | None:
-    """Choose the first pending fine-tune that is due; during a hold, one that is still to be fetched."""
-    if merge.ledger.row("select 1 from snapshots where state = 'candidate'") and not merge.held:
-        return None
-    for row in merge.ledger.fine_tunes("pending"):
-        is_due = row["next_try_at"] <= now() and row["source"] in sources
-        if is_due and not (merge.held and row["step"] != "announced"):
-            return row
-    return None
-
-
-def refresh(merge: Merge) -> None:
-    """Bring gauges that mirror the store up to date; called at each scrape."""
-    metrics, status = merge.metrics, reports.status(merge.config, merge.store, merge.ledger)
-    metrics.head_version.set(status["head"]["version"] if status["head"] else 0)
-    metrics.current_version.set(status["current"]["version"] if status["current"] else 0)
-    last = merge.ledger.last_promotion()
-    metrics.current_time.set((last or {}).get("switched_at") or 0)
-    metrics.held.set(bool(status["held"]))
-    metrics.disk_free.set(status["disk"]["free_bytes"])
-    metrics.disk_full.set(bool(merge.full_disk))
-    waiting = merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval")
-    metrics.oldest_pending.set(min((row["first_seen_at"] for row in waiting), default=0))
-    for part in merge.config.sources:
-        metrics.pending.labels(part.name).set(sum(row["source"] == part.name for row in waiting))
-        row = merge.ledger.row("select last_success_at from sources where name = ?", part.name)
-        metrics.source_success.labels(part.name).set((row or {}).get("last_success_at") or 0)
-    for target in status["targets"]:
-        metrics.outbox.labels(target["name"]).set(target["open"])
-        metrics.served.labels(target["name"]).set(
-            bool(status["current"]) and target["snapshot"] == status["current"]["version"]
-        )
-
-
-def run_once(config: Config) -> None:
-    """Look at every source, wait out settling, fold what is ready, tell the targets, and end. Opens no port.
-
-    Raises TryAgain where something was left for later: a source that failed, a full disk, a target not confirmed.
-    """
-    store = recovery.prepare_folder(config)
-    with files.locked(store.lock):
-        asked_to_stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
-        beat = partial(_raise_if_set, asked_to_stop)
-        engine = Engine(device=config.device, threads=config.threads, residency=config.residency, beat=beat)
-        metrics = Metrics(screen.REASONS)
-        metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
-        merge = recovery.open_merge(config, engine, metrics)
-        try:
-            check_served(merge)
-            operations.work_off(merge)
-            sources = {part.name: open_source(part, beat) for part in config.sources}
-            failures = look_until_settled(merge, sources, beat)
-            while work_once(merge, sources):
-                beat()
-            promote.deliver(merge, [open_target(part) for part in config.targets])
-            left = merge.ledger.fine_tunes("pending") if not merge.held else []
-            failures += [f"{row['name']}: {row['detail']}" for row in left]
-            failures += [
-                f"target {row['target']}: {row['error']}"
-                for row in merge.ledger.rows("select * from outbox where state = 'pending'")
-            ]
-        finally:
-            merge.ledger.close()
-    if failures:
-        raise TryAgain("; ".join(failures), hint="run it again later")
-
-
-def obey_once(config: Config) -> None:
-    """Execute the commands in the ledger without a daemon, and tell the targets once. The caller holds the lock."""
-    metrics = Metrics(screen.REASONS)
-    metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
-    merge = recovery.open_merge(config, Engine(device="cpu", threads=config.threads), metrics)
-    try:
-        operations.work_off(merge)
-        promote.deliver(merge, [open_target(part) for part in config.targets])
-    finally:
-        merge.ledger.close()
-
-
-def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[[], None]) -> list[str]:
-    """Look at every source until none says that it will know more soon; gives what failed."""
-    failures = []
-    for name, source in sources.items():
-        again = [0.0]
-        while again:
-            again.clear()
-            try:
-                look_at(merge, source, lambda _name, seconds, again=again: again.append(seconds))  # type: ignore[misc]
-            except Stopped:
-                raise
-            except TryAgain as exc:
-                failures.append(exc.message)
-            deadline = time.monotonic() + max(again, default=0.0)
-            while time.monotonic() < deadline:
-                beat()
-                time.sleep(min(TICK_SECONDS, max(0.0, deadline - time.monotonic())))
-        log.info("source.looked_at", source=name)
-    return failures

@@ -1,64 +1,36 @@
-"""Streams weights through a method, on CPU or GPU: fold one fine-tune into a state, render a state as a model.
+"""Streams weights through a method, on CPU or GPU: folds a fine-tune into a state, renders it as a model.
 
-Two passes, because OPCM's scale is known only when every weight was folded: the first reads base, fine-tune and
-state and writes the next state; the second reads base and state and writes what servers load. A projected weight is
-held whole; everything else streams in panels. Totals are summed in float64. Knows nothing of versions, sources or
-verdicts: what it measures it returns.
+Two passes, because OPCM's scale is known only when every weight was folded: the first reads base, fine-tune
+and state and writes the next state; the second reads base and state and writes what servers load. A projected
+weight is held whole; everything else streams in panels. Totals are summed in float64. Knows nothing of
+versions, sources or verdicts: what it measures it returns.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from streammerge import files, finalize, linalg, methods, plan
+from streammerge import finalize, linalg, methods, plan
 from streammerge.errors import ConfigError, Damaged, Refused
+from streammerge.furnish import read_config
+from streammerge.headers import CODES, WeightsSet, find
 from streammerge.methods import Arrival, Slots, Totals
-from streammerge.weights import CODES, PICKLES, Weights, WeightsSet, Writer, element_panels, find
+from streammerge.plan import Recipe
+from streammerge.state import STATISTICS, State, StateShard, combine, statistics_of, write_statistics
+from streammerge.weights import Weights, Writer, element_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from torch import Tensor
 
     from streammerge.finetune import FineTune
-
-STATISTICS = "statistics.safetensors"
-MARK = "streammerge.json"
-DTYPE_KEYS = ("torch_dtype", "dtype")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What does not change from fold to fold: the base, the kind of each weight, the method and its knobs."""
-
-    base: Path
-    base_digest: str
-    plan: plan.Plan
-    method: str
-    knobs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class State:
-    """A method's state on disk. `hashes` are the sha256 of its files, by name; none of them before the first fold."""
-
-    folder: Path
-    hashes: Mapping[str, str]
-    totals: Totals
-    digest: str = ""
-
-    def has_slots(self) -> bool:
-        """Whether anything was folded yet; otherwise every slot is zero."""
-        return self.totals.count > 0
 
 
 @dataclass
@@ -68,7 +40,8 @@ class Measured:
     delta_norm, base_norm, state_norm  Frobenius norms over floating-point weights, tied ones once
     kept_energy     share of ||delta||^2 of projected weights that entered the state
     orthogonality   largest |<P, D>| / (||P|| ||D||) over projected weights; P what was added to the sum D
-    statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value); NaN for added matrices
+    statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value);
+                    NaN for added matrices
     """
 
     delta_squares: float = 0.0
@@ -112,7 +85,10 @@ class Engine:
         beat: Callable[[], None] = lambda: None,
         progress: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
-        """`beat` is called between weights and panels: it may raise errors.Stopped; `progress` is told bytes read."""
+        """`beat` is called between weights and panels and may raise errors.Stopped.
+
+        `progress` is told how many bytes were read.
+        """
         self.device = choose_device(device)
         if threads:
             torch.set_num_threads(threads)
@@ -124,9 +100,9 @@ class Engine:
         self._resident_digest: str | None = None
 
     def open_base(self, path: Path, added: tuple[str, ...]) -> tuple[Recipe, float]:
-        """Read a base once: its digest, the kind of every weight, its norm. Method and knobs are the caller's.
+        """Read a base once: its digest, the kind of every weight, its norm.
 
-        Raises ConfigError for a base that cannot be merged into.
+        Method and knobs are the caller's. Raises ConfigError for a base that cannot be merged into.
         """
         try:
             with Weights(find(path), hashing=True) as base:
@@ -167,7 +143,9 @@ class Engine:
         with Weights(find(recipe.base), hashing=True) as base:
             for number, names in enumerate(plan.shards(base)):
                 merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
-                with _StateShard(recipe, old, out, number, merged, base, resident=bool(resident)) as shard:
+                with StateShard(
+                    methods.load(recipe.method).SLOTS, old, out, number, merged, base, resident=bool(resident)
+                ) as shard:
                     for name in names:
                         if name in merged:
                             arrival = (finetune, digest, factor)
@@ -210,7 +188,7 @@ class Engine:
         base: Weights,
         arrival: tuple[FineTune, str, float],
         name: str,
-        shard: _StateShard,
+        shard: StateShard,
         measured: Measured,
         *,
         keep: bool,
@@ -239,10 +217,9 @@ class Engine:
                 slot: shard.read(slot, name, start, stop, self._resident).to(self.device).reshape(shape)
                 for slot in method.SLOTS
             }
-            new = self._step(
-                recipe, slots, Arrival(name, kind, delta.reshape(shape), digest, factor), squares, measured
-            )  # type: ignore[arg-type]
-            del delta
+            arrived = Arrival(name, cast("methods.Kind", kind), delta.reshape(shape), digest, factor)
+            new = self._step(recipe, slots, arrived, squares, measured)
+            del delta, arrived
             for slot, values in new.items():
                 shard.write(slot, name, values)
                 if keep:
@@ -293,8 +270,8 @@ class Engine:
     ) -> tuple[dict[str, str], float]:
         """Write base + finalize(render(state)) to the empty folder `out` under the base's file names.
 
-        Returns the sha256 of every file by name and the norm of the merged delta. Raises Refused where a weight
-        does not fit into the base's dtype.
+        Returns the sha256 of every file by name and the norm of the merged delta. Raises Refused where a
+        weight does not fit into the base's dtype.
         """
         hashes: dict[str, str] = {}
         squares = 0.0
@@ -340,7 +317,10 @@ class Engine:
         finish: finalize.Finalize,
         name: str,
     ) -> Iterator[tuple[Tensor, float]]:
-        """Yield a weight's served values, whole or in panels, each with the squared norm of what was added to the base."""
+        """Yield a weight's served values, whole or in panels.
+
+        Each comes with the squared norm of what was added to the base.
+        """
         entry = base.entries[name]
         folded = recipe.plan.tied.get(name, name)
         kind = recipe.plan.kinds[folded]
@@ -400,196 +380,3 @@ def choose_device(name: str) -> torch.device:
 def torch_dtype(code: str) -> torch.dtype:
     """Give torch's dtype for a safetensors code."""
     return next(dtype for dtype, found in CODES.items() if found == code)
-
-
-def read_config(base: Path) -> dict[str, Any]:
-    """Read config.json beside the weights; {} for a single file."""
-    path = base / "config.json"
-    return dict(json.loads(path.read_bytes())) if base.is_dir() and path.is_file() else {}
-
-
-class _StateShard:
-    """The state of one of the base's files: read from the old state, written to the new one, a file for each slot."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        old: State,
-        out: Path,
-        number: int,
-        names: list[str],
-        base: Weights,
-        *,
-        resident: bool,
-    ) -> None:
-        self.hashes: dict[str, str] = {}
-        self._old, self._stack, self._resident = old, ExitStack(), resident
-        self._names = (
-            {slot: f"{slot}-{number + 1:05d}.safetensors" for slot in methods.load(recipe.method).SLOTS}
-            if names
-            else {}
-        )
-        self._readers: dict[str, Weights] = {}
-        self._writers: dict[str, Writer] = {}
-        try:
-            for slot, file_name in self._names.items():
-                if old.has_slots() and not resident:
-                    self._readers[slot] = self._open(file_name)
-                declared = [(name, "F32", base.entries[name].shape) for name in names]
-                self._writers[slot] = self._stack.enter_context(Writer(out / file_name, declared))
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(self, file_name: str) -> Weights:
-        path = self._old.folder / file_name
-        try:
-            return self._stack.enter_context(Weights(WeightsSet((path,)), whole=True))
-        except (OSError, Refused) as exc:
-            raise Damaged(
-                f"{path} cannot be read: {exc}", hint="roll back to a version that verifies"
-            ) from exc
-
-    def __enter__(self) -> _StateShard:
-        return self
-
-    def read(
-        self, slot: str, name: str, start: int, stop: int, resident: Mapping[tuple[str, str], Tensor]
-    ) -> Tensor:
-        """Give the old values: from memory, from the old file, or zeros before the first fold."""
-        if self._resident:
-            return resident[slot, name][start:stop]
-        if slot in self._readers:
-            return self._readers[slot].read(name, start, stop)
-        return torch.zeros(stop - start)
-
-    def write(self, slot: str, name: str, values: Tensor) -> None:
-        """Append to the new file."""
-        self._writers[slot].write(name, values)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:  # noqa: ANN401 -- passed on as they come
-        if kind is None:
-            for slot, reader in self._readers.items():
-                file_name = self._names[slot]
-                if reader.file_digest() != self._old.hashes[file_name]:
-                    kind = Damaged  # the writers must not finish
-                    self._stack.__exit__(kind, None, None)
-                    raise Damaged(
-                        f"{self._old.folder / file_name} does not have the content it was sealed with",
-                        hint="roll back to a version that verifies",
-                    )
-        self._stack.__exit__(kind, error, trace)
-        if kind is None:
-            self.hashes = {self._names[slot]: writer.sha256 for slot, writer in self._writers.items()}
-
-
-def statistics_of(
-    delta: Tensor, kind: str, shape: tuple[int, ...], squares: float
-) -> tuple[float, float, float]:
-    """Figures of one weight's delta that `finalize` and the screens need and that cannot be had later."""
-    if kind == plan.PROJECTED:
-        return linalg.statistics(delta)
-    if len(shape) <= 1:
-        return math.sqrt(squares), squares, math.sqrt(squares)
-    return math.sqrt(squares), math.nan, math.nan
-
-
-def combine(parts: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """Put the panels of one weight together; exact for norms, and for vectors' other figures."""
-    if len(parts) == 1:
-        return parts[0]
-    squares = sum(norm**2 for norm, _, _ in parts)
-    is_vector = not math.isnan(parts[0][1])
-    return (
-        math.sqrt(squares),
-        squares if is_vector else math.nan,
-        math.sqrt(squares) if is_vector else math.nan,
-    )
-
-
-def write_statistics(
-    old: State, out: Path, latest: Mapping[str, tuple[float, float, float]], kinds: plan.Plan
-) -> str:
-    """Append the latest fine-tune's figures: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
-    earlier: dict[str, Tensor] = {}
-    path = old.folder / STATISTICS
-    if old.has_slots():
-        with Weights(WeightsSet((path,)), whole=True) as found:
-            earlier = {name: found.read(name) for name in found.entries}
-            if found.file_digest() != old.hashes[STATISTICS]:
-                raise Damaged(
-                    f"{path} does not have the content it was sealed with",
-                    hint="roll back to a version that verifies",
-                )
-    rows = {
-        name: torch.cat(
-            [
-                earlier.get(name, torch.empty(0, 3, dtype=torch.float64)),
-                torch.tensor([latest[name]], dtype=torch.float64),
-            ]
-        )
-        for name in kinds.merged
-    }
-    with Writer(
-        out / STATISTICS, [(name, "F64", tuple(values.shape)) for name, values in rows.items()]
-    ) as writer:
-        for name, values in rows.items():
-            writer.write(name, values)
-    return writer.sha256
-
-
-def furnish(
-    base: Path, out: Path, card: str, mark: Mapping[str, Any], dtype: torch.dtype | None = None
-) -> None:
-    """Put beside the rendered weights what servers need: config, tokenizer and the rest of the base's folder.
-
-    Other weight formats, hidden files and the base's own card stay behind. `card` becomes README.md; `mark` says in
-    a file of its own that this is a merge, so that it is never folded back in.
-    """
-    if base.is_dir():
-        weights = {path.name for path in find(base).files}
-        for directory, folders, names in os.walk(base, followlinks=True):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            target = out / Path(directory).relative_to(base)
-            target.mkdir(exist_ok=True)
-            for name in sorted(names):
-                unwanted = (
-                    name.startswith(".")
-                    or PICKLES.match(name)
-                    or name.endswith((".safetensors", ".safetensors.index.json"))
-                )
-                if not unwanted and name not in weights and name not in ("README.md", MARK):
-                    shutil.copyfile(Path(directory, name), target / name)
-        _write_index(base, out)
-    if dtype is not None:
-        _declare_dtype(out / "config.json", dtype)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    (out / MARK).write_bytes(files.canonical_json(dict(mark)))
-    for path in out.rglob("*"):
-        if path.is_file() and path.suffix != ".safetensors":
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _write_index(base: Path, out: Path) -> None:
-    """Write the shard index anew: the base's map, the size as rendered."""
-    indexes = sorted(base.glob("*.safetensors.index.json"))
-    shards = find(base).files
-    if not indexes or len(shards) == 0:
-        return
-    with Weights(WeightsSet(tuple(out / path.name for path in shards))) as rendered:
-        weight_map = {name: rendered.set.files[entry.file].name for name, entry in rendered.entries.items()}
-        total = sum(entry.stop - entry.start for entry in rendered.entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / indexes[0].name).write_bytes(files.canonical_json(index))
-
-
-def _declare_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Correct config.json where it names the dtype of the weights."""
-    if not path.is_file():
-        return
-    config = json.loads(path.read_bytes())
-    for key in DTYPE_KEYS:
-        if key in config:
-            config[key] = str(dtype).removeprefix("torch.")
-    path.write_bytes(files.canonical_json(config))

@@ -16,7 +16,7 @@ import socket
 import stat
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streammerge.errors import Locked, NoSpace
 
@@ -49,7 +49,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
-def canonical_json(value: Any) -> bytes:  # noqa: ANN401 -- JSON's door
+def canonical_json(value: object) -> bytes:
     """Give the one byte string for `value`: sorted keys, no spaces to spare, a final newline."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
@@ -156,8 +156,10 @@ def require_space(folder: Path, needed_bytes: int, *, reserve_bytes: int, purpos
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + reserve_bytes:
         raise NoSpace(
-            f"{purpose} needs {needed_bytes:,} bytes and {reserve_bytes:,} in reserve, {folder} has {free:,} free",
-            hint="free some disk space, lower `keep`, or move the store; streammerge goes on by itself when there is room",
+            f"{purpose} needs {needed_bytes:,} bytes and {reserve_bytes:,} in reserve, "
+            f"{folder} has {free:,} free",
+            hint="free some disk space, lower `keep`, or move the store; "
+            "streammerge goes on by itself when there is room",
         )
 
 
@@ -223,7 +225,7 @@ def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
     """Copy a regular file and fsync the copy; shares blocks where the file system can."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_symlinks else os.O_NOFOLLOW)
     descriptor = os.open(source, flags)
-    with open(descriptor, "rb") as opened, target.open("xb") as written:
+    with open(descriptor, "rb") as opened, target.open("xb") as written:  # noqa: PTH123 -- a descriptor has no path
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileNotFoundError(errno.ENOENT, "is no regular file", str(source))
         try:

@@ -1,8 +1,9 @@
 """Fetched files opened as deltas of the base, one weight at a time.
 
-Knows how a fine-tune's names, shapes and dtypes may differ from its base's and still mean the same weights: one
-common prefix more or less, another float dtype, a tied head saved beside its embedding. Everything else is refused
-with its own reason. Driven by the base's names and shapes alone: there is no table of architectures.
+Knows how a fine-tune's names, shapes and dtypes may differ from its base's and still mean the same weights:
+one common prefix more or less, another float dtype, a tied head saved beside its embedding. Everything else
+is refused with its own reason. Driven by the base's names and shapes alone: there is no table of
+architectures.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from streammerge.errors import Refused
+from streammerge.headers import Entry, find, read_json
 from streammerge.plan import Plan, matches
-from streammerge.weights import Entry, Weights, find, read_json
+from streammerge.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +65,7 @@ class FineTune:
     """An open full-weight fine-tune of `base`; `delta` reads any part of one weight's difference."""
 
     def __init__(self, path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance) -> None:
-        """Open the files and fit them to the base; raises Refused or weights.Incomplete."""
+        """Open the files and fit them to the base; raises Refused or headers.Incomplete."""
         found = find(path)
         if found.is_adapter:
             raise Refused(
@@ -95,14 +97,15 @@ class FineTune:
         return self.weights.read(self.fit.sources[name], start, stop).to(device=device, dtype=torch.float32)
 
     def finish(self) -> str:
-        """Read what no delta needed, check that tied heads repeat their embedding, and give the content digest."""
+        """Read what no delta needed, check that tied heads repeat their embedding, give the digest."""
         self.weights.read_rest()
         for head, embedding in self.fit.heads.items():
             if self.weights.tensor_digest(head) != self.weights.tensor_digest(embedding):
                 raise Refused(
                     "untied-head",
                     f"{head} differs from {embedding}, to which the base ties it",
-                    hint="a head trained apart from its embedding has no place in the base; tie it and publish again",
+                    hint="a head trained apart from its embedding has no place in the base; "
+                    "tie it and publish again",
                 )
         return self.weights.content_digest()
 
@@ -123,7 +126,8 @@ def fit(
     if len(matched) < NAME_SHARE_OF_WRONG_BASE * len(floating):
         raise Refused(
             "wrong-base",
-            f"{len(matched)} of the base's {len(floating)} weights are in it; it has {min(found)}, the base {min(base)}",
+            f"{len(matched)} of the base's {len(floating)} weights are in it; "
+            f"it has {min(found)}, the base {min(base)}",
             hint="check base_model in its config or model card, or point another streammerge at that base",
         )
     refuse_shapes(base, found, sources)
@@ -165,7 +169,7 @@ def refuse_quantised(
 
 
 def common_prefix(base: Mapping[str, Entry], found: Mapping[str, Entry]) -> Renaming:
-    """Find the one prefix that every weight of the fine-tune has more, or less, than the base's name for it."""
+    """Find the one prefix that every weight's name has more, or less, in the fine-tune than in the base."""
     plain = sum(name in base for name in found)
     best = Renaming()
     longest = max(base, key=len)
@@ -204,7 +208,8 @@ def refuse_shapes(base: Mapping[str, Entry], found: Mapping[str, Entry], sources
         vocabulary = all(base[n].shape[1:] == found[sources[n]].shape[1:] for n in odd) and grown
         raise Refused(
             "vocab-resized" if vocabulary else "wrong-shape",
-            f"{len(odd)} of {len(base)} weights do not fit; first is {name}, {list(theirs)} where the base has {list(ours)}",
+            f"{len(odd)} of {len(base)} weights do not fit; "
+            f"first is {name}, {list(theirs)} where the base has {list(ours)}",
             hint="a vocabulary that was resized cannot be folded; publish it with the base's"
             if vocabulary
             else "check base_model in its config.json, or point another streammerge at that base",

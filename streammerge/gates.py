@@ -1,7 +1,8 @@
-"""Is this candidate good enough to serve? Runs the configured commands and holds their numbers against limits.
+"""Is this candidate good enough to serve? Runs the configured commands and compares numbers with limits.
 
-A gate measures a folder; it does not know what happens after its verdict. A gate that fails on the version being
-served too says nothing about the candidate: then the queue is held (TryAgain), not the fine-tune refused.
+A gate measures a folder; it does not know what happens after its verdict. A gate that fails on the version
+being served too says nothing about the candidate: then the queue is held (TryAgain), not the fine-tune
+refused.
 """
 
 from __future__ import annotations

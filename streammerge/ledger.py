@@ -1,7 +1,7 @@
 """The ledger: the durable account of what happened, in SQLite (WAL, synchronous=FULL).
 
-Knows rows; nothing of folders, models or what a state means for the next step. Every change is one transaction.
-The manifests are the truth of what is folded; this is the account of how it came about.
+Knows rows; nothing of folders, models or what a state means for the next step. Every change is one
+transaction. The manifests are the truth of what is folded; this is the account of how it came about.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def m001_first(connection: sqlite3.Connection) -> None:
             state text not null, reason text not null default '', detail text not null default '',
             digest text not null default '', version integer, factor real not null default 1.0,
             published_at real not null, first_seen_at real not null, updated_at real not null,
-            approved integer not null default 0, attempts integer not null default 0, next_try_at real not null default 0,
+            approved integer not null default 0, attempts integer not null default 0,
+            next_try_at real not null default 0,
             step text not null default 'announced',
             unique (source, name, revision)
         ) strict;
@@ -53,8 +54,9 @@ def m001_first(connection: sqlite3.Connection) -> None:
             intended_at real not null, switched_at real
         ) strict;
         create table outbox (
-            id integer primary key, promotion integer not null references promotions (id), target text not null,
-            version integer not null, state text not null default 'pending', attempts integer not null default 0,
+            id integer primary key, promotion integer not null references promotions (id),
+            target text not null, version integer not null,
+            state text not null default 'pending', attempts integer not null default 0,
             next_try_at real not null default 0, error text not null default '', done_at real,
             unique (promotion, target)
         ) strict;
@@ -95,7 +97,8 @@ class Ledger:
         self._depth = 0
         try:
             if read_only:
-                # A database that was closed cleanly has no -wal file; without `immutable` SQLite would create one.
+                # A database that was closed cleanly has no -wal file; SQLite would create one without
+                # `immutable`.
                 quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
                 self._db = sqlite3.connect(
                     f"{path.absolute().as_uri()}?mode=ro{quiet}",
@@ -147,32 +150,32 @@ class Ledger:
             if self._depth == 0:
                 self._db.execute("commit")
 
-    def rows(self, query: str, *values: Any) -> list[Row]:  # noqa: ANN401 -- SQLite's own types
+    def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
         with self._lock:
             return [dict(row) for row in self._db.execute(query, values)]
 
-    def row(self, query: str, *values: Any) -> Row | None:  # noqa: ANN401 -- SQLite's own types
+    def row(self, query: str, *values: object) -> Row | None:
         """Read the first row, if any."""
         return next(iter(self.rows(query, *values)), None)
 
-    def write(self, query: str, *values: Any) -> int:  # noqa: ANN401 -- SQLite's own types
+    def write(self, query: str, *values: object) -> int:
         """Change something; gives the id of a new row."""
         with self.transaction():
             return self._db.execute(query, values).lastrowid or 0
 
-    def fact(self, name: str) -> Any:  # noqa: ANN401 -- JSON's door
+    def fact(self, name: str) -> Any:  # noqa: ANN401 -- whatever JSON was written
         """Read one named fact (head, hold, current); None where it was never set."""
         found = self.row("select value from facts where name = ?", name)
         return json.loads(found["value"]) if found else None
 
-    def set_fact(self, name: str, value: Any) -> None:  # noqa: ANN401 -- JSON's door
+    def set_fact(self, name: str, value: object) -> None:
         """Write one named fact."""
         self.write("insert or replace into facts values (?, ?)", name, json.dumps(value))
 
     # Fine-tunes
 
-    def announce(self, source: str, name: str, revision: str, **columns: Any) -> int | None:  # noqa: ANN401 -- columns
+    def announce(self, source: str, name: str, revision: str, **columns: object) -> int | None:
         """Add a fine-tune's revision; None if it stands here already."""
         if self.row(
             "select 1 from fine_tunes where (source, name, revision) = (?, ?, ?)", source, name, revision
@@ -182,28 +185,28 @@ class Ledger:
         names = ", ".join(columns)
         marks = ", ".join("?" for _ in columns)
         return self.write(
-            f"insert into fine_tunes (source, name, revision, {names}) values (?, ?, ?, {marks})",  # noqa: S608 -- our column names
+            f"insert into fine_tunes (source, name, revision, {names}) values (?, ?, ?, {marks})",  # noqa: S608 -- the column names are our own
             source, name, revision, *columns.values(),
         )  # fmt: skip
 
-    def update_fine_tune(self, number: int, **columns: Any) -> None:  # noqa: ANN401 -- columns
+    def update_fine_tune(self, number: int, **columns: object) -> None:
         """Change some columns of a fine-tune's row."""
         columns["updated_at"] = now()
         assignments = ", ".join(f"{name} = ?" for name in columns)
-        self.write(f"update fine_tunes set {assignments} where id = ?", *columns.values(), number)  # noqa: S608 -- our column names
+        self.write(f"update fine_tunes set {assignments} where id = ?", *columns.values(), number)  # noqa: S608 -- the column names are our own
 
     def fine_tunes(self, *states: str) -> list[Row]:
         """List fine-tunes in folding order: published_at, then name; all of them without `states`."""
         marks = ", ".join("?" for _ in states)
         where = f"where state in ({marks})" if states else ""
-        return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- marks only
+        return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
 
     # Snapshots
 
-    def update_snapshot(self, version: int, **columns: Any) -> None:  # noqa: ANN401 -- columns
+    def update_snapshot(self, version: int, **columns: object) -> None:
         """Change some columns of a snapshot's row."""
         assignments = ", ".join(f"{name} = ?" for name in columns)
-        self.write(f"update snapshots set {assignments} where version = ?", *columns.values(), version)  # noqa: S608 -- our column names
+        self.write(f"update snapshots set {assignments} where version = ?", *columns.values(), version)  # noqa: S608 -- the column names are our own
 
     def snapshot(self, version: int) -> Row | None:
         """Read one snapshot's row."""

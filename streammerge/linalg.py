@@ -1,7 +1,7 @@
 """Linear algebra that methods share: norms, Gram matrices, spectra, the split rank, the projected step.
 
-Knows matrices, not models. Matrices are float32; what is summed over many elements is summed in float64, panel by
-panel, so that no float64 copy of a whole weight and no n x n matrix for a wide weight is ever made.
+Knows matrices, not models. Matrices are float32; what is summed over many elements is summed in float64,
+panel by panel, so that no float64 copy of a whole weight and no n x n matrix for a wide weight is ever made.
 
 Letters: D running sum, X new delta, U and s left singular vectors and singular values of D, r split rank, all
 oriented so that m <= n (`lying`), because every formula here commutes with transposition.

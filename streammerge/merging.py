@@ -1,7 +1,7 @@
 """One merge that is open for work: its configuration, store, ledger and engine, and who may change them when.
 
-Holds resources and answers "what is head, what is current"; decides nothing. The store's flock is held by whoever
-made this object; `turn` serialises the few moments at which head or current move inside this process.
+Holds resources and answers "what is head, what is current"; decides nothing. The store's flock is held by
+whoever made this object; `turn` serialises the few moments at which head or current move inside this process.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import methods, snapshots, weights
-from streammerge.engine import Recipe, State
+from streammerge import headers, methods, snapshots, weights
 from streammerge.errors import ConfigError, Damaged, Refused
 from streammerge.methods import Totals
-from streammerge.plan import DEFAULT_ADDED, Plan
+from streammerge.plan import DEFAULT_ADDED, Plan, Recipe
+from streammerge.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 KILL_VARIABLE = "STREAMMERGE_KILL_AT"
 STEPS = (
-    "announced", "fetched", "copied", "screened", "folded", "rendered", "sealed", "recorded", "gated", "accepted",
-    "intended", "switched", "told",
+    "announced", "fetched", "copied", "screened", "folded", "rendered", "sealed", "recorded", "gated",
+    "accepted", "intended", "switched", "told",
 )  # fmt: skip
 
 log = structlog.get_logger()
@@ -50,7 +50,7 @@ class Merge:
     metrics: Metrics
     recipe: Recipe
     base_norm: float
-    base_entries: Mapping[str, weights.Entry]
+    base_entries: Mapping[str, headers.Entry]
     turn: threading.RLock = field(default_factory=threading.RLock)
     full_disk: str = ""
     broken_gate: str = ""
@@ -125,7 +125,7 @@ def added_globs(config: Config) -> tuple[str, ...]:
     return DEFAULT_ADDED if config.added is None else config.added
 
 
-def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, weights.Entry]]:
+def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict[str, headers.Entry]]:
     """Rebuild the recipe from store.json and check that the configuration still means the same store."""
     given = methods.resolve(config.method, {**_same_knobs(config, settings), **config.knobs})
     for key, ours, theirs in (
@@ -151,16 +151,16 @@ def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict
 
 
 def _same_knobs(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A knob that the configuration leaves open keeps the store's value, whatever this release's default is."""
+    """Where the configuration leaves a knob open, the store's value stays, whatever the default is now."""
     return dict(settings["knobs"]) if config.method == settings["method"] else {}
 
 
-def open_base_headers(base: Path) -> dict[str, weights.Entry]:
+def open_base_headers(base: Path) -> dict[str, headers.Entry]:
     """Read the names and shapes of the base."""
     try:
-        with weights.Weights(weights.find(base)) as found:
+        with weights.Weights(headers.find(base)) as found:
             return found.entries
-    except (OSError, Refused, weights.Incomplete) as exc:
+    except (OSError, Refused, headers.Incomplete) as exc:
         raise ConfigError(
             f"base {base} cannot be read: {exc}", hint="`base` is a model folder or one .safetensors file"
         ) from exc

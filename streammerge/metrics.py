@@ -1,6 +1,7 @@
-"""Every Prometheus metric, declared in one place: bounded labels, timestamps instead of ages, all children at zero.
+"""Every Prometheus metric, declared in one place: bounded labels, timestamps instead of ages.
 
-The registry is the caller's; nothing is global. Label values come from the configuration or from closed sets.
+All children start at zero. Every object has a registry of its own; nothing is global. Label values come from
+the configuration or from closed sets.
 """
 
 from __future__ import annotations
@@ -45,6 +46,23 @@ class Metrics:
         at = self.registry
         build = Info("streammerge_build", "Version of streammerge and of what it runs on", registry=at)
         build.info({"version": __version__, "python_version": platform.python_version()})
+        self._declare_process(at)
+        self._declare_arrivals(at)
+        self._declare_folds(at)
+        self._declare_versions(at)
+        self._declare_targets(at)
+        self._declare_trouble(at)
+        for reason in reasons:
+            self.refused.labels(reason)
+        for result in ("done", "refused", "abandoned"):
+            self.folds.labels(result)
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
+        for cause in ("fold", "rollback", "first"):
+            self.promotions.labels(cause)
+
+    def _declare_process(self, at: CollectorRegistry) -> None:
+        """The daemon itself: start, configuration, readiness."""
         self.started = Gauge("streammerge_start_timestamp_seconds", "When this daemon started", registry=at)
         self.started.set(time.time())
         self.reload_ok = Gauge(
@@ -60,6 +78,9 @@ class Metrics:
         )
         self.reload_time.set_to_current_time()
         self.ready = Gauge("streammerge_ready", "1 if /readyz answers 200", registry=at)
+
+    def _declare_arrivals(self, at: CollectorRegistry) -> None:
+        """Sources, and what became of the fine-tunes they announced."""
         self.polls = Counter(
             "streammerge_source_polls_total",
             "Looks at a source",
@@ -120,6 +141,9 @@ class Metrics:
             ["source"],
             registry=at,
         )
+
+    def _declare_folds(self, at: CollectorRegistry) -> None:
+        """Folding: stages, progress, and the figures of the merge."""
         self.folds = Counter("streammerge_folds_total", "Folds by result", ["result"], registry=at)
         self.stage_seconds = Histogram(
             "streammerge_stage_duration_seconds",
@@ -160,6 +184,9 @@ class Metrics:
             "Largest |<P,D>|/(|P||D|) of the last fold; near 0",
             registry=at,
         )
+
+    def _declare_versions(self, at: CollectorRegistry) -> None:
+        """Versions: head, the one served, those on disk."""
         self.head_version = Gauge(
             "streammerge_head_version", "Version that the next fold starts from", registry=at
         )
@@ -173,6 +200,9 @@ class Metrics:
         self.promotions = Counter(
             "streammerge_promotions_total", "Switches of current", ["cause"], registry=at
         )
+
+    def _declare_targets(self, at: CollectorRegistry) -> None:
+        """Targets, and what they confirmed."""
         self.told = Counter(
             "streammerge_notifications_total",
             "Attempts to tell a target",
@@ -205,6 +235,9 @@ class Metrics:
             buckets=LONG_SECONDS,
             registry=at,
         )
+
+    def _declare_trouble(self, at: CollectorRegistry) -> None:
+        """What needs a person: holds, a full disk, damage, a silent worker, looks skipped."""
         self.held = Gauge("streammerge_held", "1 while a hold stops folding and promotion", registry=at)
         self.disk_free = Gauge(
             "streammerge_store_free_bytes", "Free space on the store's file system", registry=at
@@ -227,14 +260,6 @@ class Metrics:
             ["source"],
             registry=at,
         )
-        for reason in reasons:
-            self.refused.labels(reason)
-        for result in ("done", "refused", "abandoned"):
-            self.folds.labels(result)
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
-        for cause in ("fold", "rollback", "first"):
-            self.promotions.labels(cause)
 
     def introduce(self, sources: Iterable[str], targets: Iterable[str]) -> None:
         """Start every series of the configured sources and targets at zero."""

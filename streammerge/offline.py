@@ -1,6 +1,7 @@
 """Merging without a store: `streammerge merge`, and what `config check` can say before one exists.
 
-The same engine, screens and finalize as the daemon's, so the same inputs in the same order give the same bytes.
+The same engine, screens and finalize as the daemon's, so the same inputs in the same order give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 from pydantic import ValidationError
 from rich.progress import Progress
 
-from streammerge import files, finalize, methods, pipeline, plan, screen
-from streammerge.engine import Engine, Measured, Recipe, State, furnish
+from streammerge import files, finalize, methods, plan, screen
+from streammerge.engine import Engine, Measured
 from streammerge.errors import ConfigError, Refused
 from streammerge.finetune import Tolerance
+from streammerge.furnish import furnish
+from streammerge.lineage import card, manifest_of
 from streammerge.merging import added_globs, open_base_headers
 from streammerge.methods import Totals
+from streammerge.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from streammerge.config import Config
+    from streammerge.headers import Entry
+    from streammerge.plan import Recipe
 
 RENDER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALLOWABLE = ("zero-delta", "duplicate", "implausible", "own-merge")
@@ -54,8 +60,8 @@ class Request:
 def merge(request: Request, *, warn: Callable[[str], None], console: Console) -> dict[str, Any]:
     """Fold the fine-tunes in order and write OUT/model and OUT/manifest.json; gives the manifest.
 
-    Raises ConfigError for a request that makes no sense, Refused for a fine-tune the screen refuses. OUT appears
-    whole or not at all.
+    Raises ConfigError for a request that makes no sense, Refused for a fine-tune the screen refuses. OUT
+    appears whole or not at all.
     """
     dtype, finish = check_request(request)
     request.out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -131,12 +137,12 @@ def _merge_in(
         warn(f"--added {idle[0]} matches no weight of the base")
     size = sum(entry.stop - entry.start for entry in entries.values())
     progress.update(bar, total=size * (2 + 2 * len(request.fine_tunes)), completed=size)
-    state, folded, measured = State(work / "state-0", {}, Totals()), [], None
+    job = _Job(engine, recipe, entries, request.allow)
+    folded: list[dict[str, Any]] = []
+    state, measured = State(work / "state-0", {}, Totals()), None
     for number, path in enumerate(request.fine_tunes, 1):
         progress.update(bar, description=f"folding {path.name}")
-        state, entry, measured = _fold_one(
-            work, number, path, engine, recipe, entries, state, folded, request.allow
-        )
+        state, entry, measured = _fold_one(job, path, state, folded, work / f"state-{number}")
         folded.append(entry)
         shutil.rmtree(work / f"state-{number - 1}", ignore_errors=True)
     progress.update(bar, description="writing the model")
@@ -144,30 +150,38 @@ def _merge_in(
     hashes, norm = engine.render(recipe, state, finish, work / "model", dtype)
     manifest = {
         "base": {"digest": recipe.base_digest, "name": request.base.name},
-        **pipeline.manifest_of(engine, recipe, finish, folded, state.totals, norm, measured),
+        **manifest_of(engine, recipe, finish, folded, state.totals, norm, measured),
         "added": list(added),
         "files": {f"model/{name}": {"sha256": digest} for name, digest in sorted(hashes.items())},
     }
     mark = {key: manifest[key] for key in ("base", "method", "knobs", "finalize", "fine_tunes")}
-    furnish(request.base, work / "model", pipeline.card({**manifest, "version": "of a merge"}), mark, dtype)
+    furnish(request.base, work / "model", card({**manifest, "version": "of a merge"}), mark, dtype)
     files.write_file(work / "manifest.json", files.canonical_json(manifest))
     return manifest
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same for every fine-tune of one merge."""
+
+    engine: Engine
+    recipe: Recipe
+    entries: Mapping[str, Entry]
+    allow: frozenset[str]
+
+
 def _fold_one(
-    work: Path, number: int, path: Path, engine: Engine, recipe: Recipe, entries: Any, state: State,  # noqa: ANN401
-    folded: list[dict[str, Any]], allow: frozenset[str],
-) -> tuple[State, dict[str, Any], Measured]:  # fmt: skip
+    job: _Job, path: Path, state: State, folded: list[dict[str, Any]], out: Path
+) -> tuple[State, dict[str, Any], Measured]:
     """Fold one fine-tune; its name is put before what the screen says of it."""
-    out = work / f"state-{number}"
     out.mkdir()
     try:
-        with screen.examine(path, entries, recipe.plan, Tolerance(), allow=allow) as finetune:
-            new, measured = engine.fold(recipe, finetune, "", 1.0, state, out)
+        with screen.examine(path, job.entries, job.recipe.plan, Tolerance(), allow=job.allow) as finetune:
+            new, measured = job.engine.fold(job.recipe, finetune, "", 1.0, state, out)
             digest = finetune.finish()
-        if "duplicate" not in allow:
+        if "duplicate" not in job.allow:
             screen.refuse_known(digest, folded={entry["digest"] for entry in folded}, denied=())
-        screen.judge(measured, max_delta_ratio=1.0, allow=allow)
+        screen.judge(measured, max_delta_ratio=1.0, allow=job.allow)
     except Refused as exc:
         raise Refused(exc.reason, f"{path}: {exc.message} ({exc.reason})", hint=_hint(exc)) from exc
     return (
@@ -212,7 +226,8 @@ def check(config: Config) -> dict[str, Any]:
     if free < 2 * version_bytes + config.reserve:
         warnings.append(f"only {free:,} bytes are free for the store")
     return {
-        "weights": len(entries), "projected": len(matrices), "added": len(floats) - len(matrices), "base_bytes": base_bytes,
-        "version_bytes": version_bytes, "full_store_bytes": version_bytes * (config.keep + 1), "free_bytes": free,
+        "weights": len(entries), "projected": len(matrices), "added": len(floats) - len(matrices),
+        "base_bytes": base_bytes, "version_bytes": version_bytes,
+        "full_store_bytes": version_bytes * (config.keep + 1), "free_bytes": free,
         "method": config.method, "knobs": knobs, "warnings": warnings,
     }  # fmt: skip

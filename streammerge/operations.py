@@ -1,7 +1,7 @@
 """What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect, verify.
 
-Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command itself.
-None waits for a running fold.
+Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command
+itself. None waits for a running fold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, pipeline, promote, reports, snapshots
+from streammerge import collect, files, pipeline, promote, reports, snapshots
 from streammerge.errors import Damaged, StreammergeError
 from streammerge.ledger import now
 
@@ -231,9 +231,10 @@ def find_fine_tune(merge: Merge, name: str) -> Row:
 
 def gc(merge: Merge) -> dict[str, Any]:
     """Remove versions beyond `keep` that nothing needs."""
-    return {"removed": pipeline.tidy(merge)}
+    return {"removed": collect.tidy(merge)}
 
 
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {
-    "hold": hold, "resume": resume, "rollback": rollback, "approve": approve, "retry": retry, "reject": reject, "gc": gc,
+    "hold": hold, "resume": resume, "rollback": rollback,
+    "approve": approve, "retry": retry, "reject": reject, "gc": gc,
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """THE STORY: one fine-tune from announced to served. Read `journey` from top to bottom.
 
-Every step is durable before the next begins, and every step may be killed: what is then found at start is finished
-or removed by `recovery`. The order of a step's effects is never the order that is convenient.
+Every step is durable before the next begins, and every step may be killed: what is then found at start is
+finished or removed by `recovery`. The order of a step's effects is never the order that is convenient.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import structlog
-import torch
 
 from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
-from streammerge.engine import State, furnish
+from streammerge.collect import tidy
 from streammerge.errors import ConfigError, NoSpace, Refused, TryAgain
 from streammerge.finetune import Tolerance
+from streammerge.furnish import furnish
 from streammerge.ledger import now
+from streammerge.lineage import card, manifest_of
 from streammerge.merging import reached
 from streammerge.methods import Totals
+from streammerge.state import State
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from streammerge.engine import Measured
+    from streammerge.finetune import FineTune
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
@@ -37,9 +40,10 @@ log = structlog.get_logger()
 
 
 def journey(merge: Merge, row: Row, source: Source) -> None:
-    """Take one pending fine-tune as far as it goes: into the served model, aside with a reason, or back for later.
+    """Take one pending fine-tune as far as it goes: into the served model, aside, or back for later.
 
-    Raises TryAgain where the same step is to be repeated later; nothing is left behind then.
+    What is put aside has its reason recorded. Raises TryAgain where the same step is to be repeated later;
+    nothing is left behind then.
     """
     started = time.monotonic()
     bound = {"source": row["source"], "name": row["name"], "revision": row["revision"]}
@@ -124,7 +128,9 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
                 raise
 
 
-def build(merge: Merge, row: Row, finetune: Any, head: Snapshot, version: int, building: Path) -> Snapshot:  # noqa: ANN401
+def build(
+    merge: Merge, row: Row, finetune: FineTune, head: Snapshot, version: int, building: Path
+) -> Snapshot:
     """Steps 4 to 6 in the building folder."""
     merge.metrics.folding.set(1)
     merge.metrics.fold_started.set_to_current_time()
@@ -150,9 +156,14 @@ def build(merge: Merge, row: Row, finetune: Any, head: Snapshot, version: int, b
 
 
 def render(
-    merge: Merge, state: State, folded: list[dict[str, Any]], parent: Snapshot | None, version: int, building: Path,
+    merge: Merge,
+    state: State,
+    folded: list[dict[str, Any]],
+    parent: Snapshot | None,
+    version: int,
+    building: Path,
     measured: Measured | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Step 5: write what servers load; gives the manifest to be and the hashes known so far."""
     recipe, finish = merge.recipe, finalize.Finalize(scale=merge.config.finalize.scale)
     with stage(merge, "render"):
@@ -173,51 +184,6 @@ def render(
     furnish(recipe.base, building / "model", card(manifest), mark)
     reached("rendered")
     return manifest, hashes
-
-
-def manifest_of(
-    engine: Any, recipe: Any, finish: finalize.Finalize, folded: list[dict[str, Any]], totals: Totals, norm: float,  # noqa: ANN401
-    measured: Measured | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Describe how a merge came about, without times; shared with `streammerge merge`."""
-    return {
-        "method": recipe.method,
-        "knobs": dict(recipe.knobs),
-        "finalize": finish.model_dump(),
-        "threads": engine.threads,
-        "device": str(engine.device),
-        "torch": torch.__version__,
-        "fine_tunes": folded,
-        "totals": {**{k: getattr(totals, k) for k in Totals.__dataclass_fields__}, "lambda": totals.lambda_},
-        "health": health(totals, norm, measured),
-    }
-
-
-def health(totals: Totals, norm: float, measured: Measured | None) -> dict[str, float | None]:
-    """Give the figures that tell a sound merge from a sick one."""
-    return {
-        "merged_norm": norm,
-        "norm_ratio": norm / totals.max_delta_norm if totals.max_delta_norm else None,
-        "lambda_over_sqrt_count": totals.lambda_ / totals.count**0.5 if totals.count else None,
-        "delta_norm": measured.delta_norm if measured else None,
-        "kept_energy": measured.kept_energy if measured else None,
-        "orthogonality": measured.orthogonality if measured else None,
-    }
-
-
-def card(manifest: Mapping[str, Any]) -> str:
-    """Write the model card: what is inside, in which order, by which method."""
-    lines = [
-        "---", f"base_model: {manifest['base']['name']}", "base_model_relation: merge", "tags: [merge, streammerge]", "---",
-        "", f"# Version {manifest['version']}", "",
-        f"Merged by streammerge, method `{manifest['method']}` with {manifest['knobs'] or 'no knobs'}.", "",
-        "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for number, entry in enumerate(manifest["fine_tunes"], 1):
-        lines.append(
-            f"| {number} | {entry['name']} | {entry['source']} | {entry['revision']} | {entry['digest'][:12]} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
@@ -313,7 +279,7 @@ def discard(merge: Merge, candidate: Snapshot) -> None:
 
 
 def record_accepted(merge: Merge, snapshot: Snapshot) -> None:
-    """Steps 8 and 9 in the ledger, in one transaction: head, the fine-tune, the intent to promote, the outbox."""
+    """Steps 8 and 9 in the ledger, in one transaction: head, fine-tune, the intent to promote, outbox."""
     ledger = merge.ledger
     with ledger.transaction():
         record_candidate(merge, snapshot)
@@ -360,7 +326,8 @@ def refuse_changed(merge: Merge, row: Row, head: Snapshot) -> None:
         )
     raise Refused(
         "needs-replay",
-        f"revision {folded[-1]['revision']} of {row['name']} is folded; replacing it needs a replay of {len(head.fine_tunes)} folds",
+        f"revision {folded[-1]['revision']} of {row['name']} is folded; "
+        f"replacing it needs a replay of {len(head.fine_tunes)} folds",
         hint="this release cannot replay: publish it under a new name, or set on_update: add",
     )
 
@@ -429,53 +396,6 @@ def first_version(merge: Merge) -> None:
         state = State(building / "state", {}, Totals())
         manifest, hashes = render(merge, state, [], None, 0, building)
         conclude(merge, seal(merge, building, manifest, hashes))
-
-
-def tidy(merge: Merge) -> list[str]:
-    """Remove what is no longer needed: decided inbox folders, old refused candidates, old versions."""
-    with merge.turn:
-        tidy_inbox(merge)
-        removed = [path.name for path in collectable(merge)]
-        for path in collectable(merge):
-            merge.ledger.update_snapshot(int(path.name.split("-")[0]), state="collected")
-            files.remove_tree(path)
-        refused = [
-            row["version"]
-            for row in merge.ledger.rows(
-                "select version from snapshots where state = 'refused' order by version"
-            )
-        ]
-        shown = set(refused[-merge.config.keep_refused :] if merge.config.keep_refused else [])
-        for path in snapshots.folders(merge.store.candidates):
-            version = int(path.name.split("-")[0])
-            if version in refused and version not in shown:
-                files.remove_tree(path)
-                removed.append(path.name)
-    merge.metrics.retained.set(len(snapshots.folders(merge.store.snapshots)))
-    return removed
-
-
-def tidy_inbox(merge: Merge) -> None:
-    """Remove fetched files that no journey needs any more."""
-    keep = {str(row["id"]) for row in merge.ledger.fine_tunes("pending", "awaiting_approval")}
-    if merge.config.archive == "keep":
-        keep |= {str(row["id"]) for row in merge.ledger.fine_tunes("folded")}
-    for folder in merge.store.inbox.iterdir():
-        if folder.name not in keep and not folder.name.endswith(".part"):
-            files.remove_tree(folder)
-
-
-def collectable(merge: Merge) -> list[Path]:
-    """List versions that gc may remove: never head, current, what a target still needs, or what was current lately."""
-    lately = merge.ledger.rows(
-        "select version from promotions where switched_at > ? or id = (select max(id) from promotions)",
-        now() - merge.config.grace,
-    )
-    versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
-    stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
-    if served := snapshots.current(merge.store):
-        stay.append(served)
-    return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)
 
 
 def refresh_merge_metrics(merge: Merge, head: Snapshot) -> None:

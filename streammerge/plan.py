@@ -1,7 +1,7 @@
-"""What happens to each weight of the base: projected, added, copied, or tied to another. Fixed for a store's life.
+"""What happens to each weight of the base: projected, added, copied, or tied to another.
 
-Driven by names, shapes and dtypes, and by what config.json declares about tying; there is no table of
-architectures.
+Fixed for a store's life. Driven by names, shapes and dtypes, and by what config.json declares about tying;
+there is no table of architectures.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import fnmatch
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.weights import DTYPES, Entry, Weights
+from streammerge.headers import DTYPES, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from streammerge.weights import Weights
 
 # Embeddings and heads: their rows belong to single tokens or classes, so OPCM adds them whole.
 DEFAULT_ADDED = (
@@ -27,7 +30,8 @@ PROJECTED, ADDED, COPIED, TIED = "projected", "added", "copied", "tied:"
 class Plan:
     """The kind of every weight of the base, in the base's own order of names.
 
-    kinds      name -> "projected", "added", "copied" (integers) or "tied:NAME" (a second name for the same bytes)
+    kinds      name -> "projected", "added", "copied" (integers) or "tied:NAME" (a second name for the same
+               bytes)
     embedding  the embedding that the base declares its head to be tied to, "" where it declares none
     """
 
@@ -43,6 +47,17 @@ class Plan:
     def merged(self) -> list[str]:
         """Names that are folded, tied ones once."""
         return [name for name, kind in self.kinds.items() if kind in (PROJECTED, ADDED)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What does not change from fold to fold: the base, the kind of each weight, the method and its knobs."""
+
+    base: Path
+    base_digest: str
+    plan: Plan
+    method: str
+    knobs: Mapping[str, Any]
 
 
 def make(base: Weights, config: Mapping[str, Any], added: Iterable[str]) -> Plan:

@@ -26,13 +26,13 @@ def run(
 ) -> tuple[int | None, str, str]:
     """Run a program: (exit code, tail of its output, tail of its errors); the code is None after the timeout.
 
-    Its whole process group is killed at the end, at the timeout, and when `beat` raises. A program that cannot be
-    started counts as exit 127.
+    Its whole process group is killed at the end, at the timeout, and when `beat` raises. A program that
+    cannot be started counts as exit 127.
     """
     kept = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
-            process = subprocess.Popen(  # noqa: S603 -- the operator's own command
+            process = subprocess.Popen(  # noqa: S603 -- the operator's own command; never a shell
                 argv,
                 env={**kept, **environment},
                 stdin=subprocess.DEVNULL,

@@ -1,7 +1,7 @@
 """Switch `current`, and tell the targets until each confirms.
 
-The intent and the outbox rows are written in the caller's transaction before the link moves; the link moves by one
-rename; targets get every promotion in order, at least once, with the same delivery id at each attempt.
+The intent and the outbox rows are written in the caller's transaction before the link moves; the link moves
+by one rename; targets get every promotion in order, at least once, with the same delivery id at each attempt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 def intend(merge: Merge, snapshot: Snapshot, cause: str) -> int:
-    """Write the intent to serve `snapshot` and what each target must be told; inside the caller's transaction."""
+    """Write the intent to serve `snapshot` and what each target must be told, in the caller's transaction."""
     ledger = merge.ledger
     promotion = ledger.write(
         "insert into promotions (version, digest, cause, intended_at) values (?, ?, ?, ?)",
@@ -72,7 +72,10 @@ def switch(merge: Merge) -> None:
 
 
 def deliver(merge: Merge, targets: Sequence[Target]) -> float:
-    """Tell each target what is due for it, in order, one at a time; gives when the next attempt is due, 0.0 for none."""
+    """Tell each target what is due for it, in order, one at a time.
+
+    Gives when the next attempt is due, 0.0 for none.
+    """
     drop_unknown(merge, {target.name for target in targets})
     due = []
     for target in targets:

@@ -1,7 +1,7 @@
 """What a source sees, laid beside what the ledger knows: which fine-tunes are new, waiting, changed or gone.
 
-A second sighting of the same revision changes nothing. Nothing here reads a fine-tune's bytes, and nothing that a
-source fails to show is ever taken out of the merge.
+A second sighting of the same revision changes nothing. Nothing here reads a fine-tune's bytes, and nothing
+that a source fails to show is ever taken out of the merge.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ UNDECIDED = ("waiting", "pending", "awaiting_approval")
 
 
 def observe(merge: Merge, source: Source, config: DirectorySource) -> float:
-    """Look at a source once and record the difference; gives when to look again at the latest, 0.0 for the poll.
+    """Look at a source once and record the difference.
 
-    Raises errors.TryAgain if the source cannot be seen.
+    Gives when to look again at the latest, 0.0 for the poll. Raises errors.TryAgain if the source cannot be
+    seen.
     """
     ledger = merge.ledger
     looked_at = now()
@@ -41,8 +42,9 @@ def observe(merge: Merge, source: Source, config: DirectorySource) -> float:
             record(merge, config, sighting, looked_at, is_first=is_first)
         mark_gone(merge, source.name, {sighting.name for sighting in sightings})
         ledger.write(
-            "insert into sources (name, state, last_success_at, primed) values (?, 'ok', ?, 1) on conflict (name) "
-            "do update set state = 'ok', error = '', last_success_at = excluded.last_success_at, primed = 1",
+            "insert into sources (name, state, last_success_at, primed) values (?, 'ok', ?, 1) "
+            "on conflict (name) do update "
+            "set state = 'ok', error = '', last_success_at = excluded.last_success_at, primed = 1",
             source.name,
             now(),
         )

@@ -1,7 +1,7 @@
 """Opening a store: made new, or found as a kill or a power cut left it and brought to a consistent state.
 
-What is unfinished is finished or removed; what is damaged is left alone and said (errors.Damaged). Only the holder
-of the store's lock comes here.
+What is unfinished is finished or removed; what is damaged is left alone and said (errors.Damaged). Only the
+holder of the store's lock comes here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files, methods, pipeline, promote, snapshots
-from streammerge.engine import Recipe
+from streammerge.collect import tidy
 from streammerge.errors import ConfigError, Damaged
+from streammerge.headers import find
 from streammerge.ledger import Ledger, now
 from streammerge.merging import Merge, added_globs, recipe_of, settings_of
-from streammerge.plan import idle_globs
-from streammerge.weights import Weights, find
+from streammerge.plan import Recipe, idle_globs
+from streammerge.weights import Weights
 
 if TYPE_CHECKING:
     from streammerge.config import Config
@@ -53,8 +54,10 @@ def prepare_folder(config: Config) -> Store:
     kind = files.file_system(config.store if config.store.exists() else config.store.parent)
     if kind in files.NETWORK_FILE_SYSTEMS and not config.allow_network_store:
         raise ConfigError(
-            f"store {config.store} lies on a network file system ({kind}), where locks and renames are not safe",
-            hint="put the store on a local disk, or set allow_network_store: true and make sure only one host uses it",
+            f"store {config.store} lies on a network file system ({kind}), "
+            "where locks and renames are not safe",
+            hint="put the store on a local disk, or set allow_network_store: true "
+            "and make sure only one host uses it",
         )
     if not store.exists and store.root.is_dir():
         strange = {p.name for p in store.root.iterdir()} - {
@@ -128,7 +131,7 @@ def recover(merge: Merge) -> None:
         finish_promotion(merge)
     for path in snapshots.folders(store.candidates):
         pipeline.record_candidate(merge, snapshots.read(path))
-    pipeline.tidy(merge)
+    tidy(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
 
 
@@ -148,7 +151,7 @@ def accept_trailing(merge: Merge) -> None:
     for path in snapshots.folders(merge.store.snapshots):
         version = int(path.name.split("-")[0])
         row = merge.ledger.snapshot(version)
-        if row is not None and row["state"] not in ("candidate",):
+        if row is not None and row["state"] != "candidate":
             continue
         snapshot = snapshots.read(path)
         head = merge.head.digest if merge.ledger.fact("head") else None
@@ -162,7 +165,7 @@ def accept_trailing(merge: Merge) -> None:
 
 
 def check_accepted(merge: Merge) -> None:
-    """Head and current must be there, whole by size, and the ledger must say the same; older ones are marked."""
+    """Head and current must be there, whole by size, as the ledger says; older damaged ones are marked."""
     damaged = {}
     serving = snapshots.current(merge.store)
     for row in merge.ledger.rows(
@@ -211,7 +214,7 @@ def finish_promotion(merge: Merge) -> None:
 
 
 def adopt(merge: Merge, chosen: Snapshot) -> None:
-    """A person pointed `current` elsewhere: that is what is served now, and nothing moves until they resume."""
+    """A person pointed `current` elsewhere: that is served now, and nothing moves until they resume."""
     ledger = merge.ledger
     with ledger.transaction():
         at = now()

@@ -1,7 +1,7 @@
 """What the store says about itself, as the documented JSON: status, history, show, fine-tunes, verify.
 
-Reads only: creates nothing, takes no lock, imports no torch. Both the command line and the HTTP port print what is
-made here.
+Reads only: creates nothing, takes no lock, imports no torch. Both the command line and the HTTP port print
+what is made here.
 """
 
 from __future__ import annotations
@@ -203,9 +203,11 @@ def fine_tunes(ledger: Ledger) -> list[dict[str, Any]]:
 def fine_tune(row: Row) -> dict[str, Any]:
     """Describe one fine-tune: where it stands, waiting for what, until when."""
     return {
-        "name": row["name"], "source": row["source"], "revision": row["revision"] or None, "digest": row["digest"] or None,
-        "state": row["state"], "reason": row["reason"] or None, "version": row["version"], "detail": row["detail"] or None,
-        "step": row["step"], "published_at": iso(row["published_at"]), "first_seen_at": iso(row["first_seen_at"]),
+        "name": row["name"], "source": row["source"],
+        "revision": row["revision"] or None, "digest": row["digest"] or None,
+        "state": row["state"], "reason": row["reason"] or None,
+        "version": row["version"], "detail": row["detail"] or None, "step": row["step"],
+        "published_at": iso(row["published_at"]), "first_seen_at": iso(row["first_seen_at"]),
         "updated_at": iso(row["updated_at"]), "attempts": row["attempts"],
         "until": iso(row["next_try_at"]) if row["next_try_at"] and row["state"] in PENDING_STATES else None,
     }  # fmt: skip
@@ -228,10 +230,10 @@ def match_fine_tune(rows: list[Row], name: str) -> Row:
 
 
 def verify(store: Store, ledger: Ledger, beat: Callable[[str], None] = lambda _name: None) -> list[str]:
-    """Check every version byte for byte, and the ledger against the manifests; gives what is damaged, in words.
+    """Check every version byte for byte, and the ledger against the manifests.
 
-    What a kill leaves behind and the next start finishes is not damage: a trailing version without its row, or
-    `current` one step behind an intent.
+    Gives what is damaged, in words. What a kill leaves behind and the next start finishes is not damage: a
+    trailing version without its row, or `current` one step behind an intent.
     """
     damage: list[str] = []
     rows = {row["version"]: row for row in ledger.rows("select * from snapshots")}

@@ -1,24 +1,24 @@
 """Is this a valid, safe fine-tune of our base? Verdicts are exceptions: errors.Refused with one of REASONS.
 
-Headers first, before anything is read; values while the fold reads them; figures once it has. Knows nothing of the
-ledger: who else is folded is told to it.
+Headers first, before anything is read; values while the fold reads them; figures once it has. Knows nothing
+of the ledger: who else is folded is told to it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streammerge.engine import MARK
 from streammerge.errors import Refused
 from streammerge.finetune import FineTune, Tolerance
+from streammerge.furnish import MARK
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
     from pathlib import Path
 
     from streammerge.engine import Measured
+    from streammerge.headers import Entry
     from streammerge.plan import Plan
-    from streammerge.weights import Entry
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
@@ -87,6 +87,7 @@ def judge(measured: Measured, *, max_delta_ratio: float, allow: Container[str] =
     if delta > max_delta_ratio * base and "implausible" not in allow:
         raise Refused(
             "implausible",
-            f"||delta|| = {delta:.4g} is {delta / base:.2f} x ||base||, more than max_delta_ratio = {max_delta_ratio:g}",
+            f"||delta|| = {delta:.4g} is {delta / base:.2f} x ||base||, "
+            f"more than max_delta_ratio = {max_delta_ratio:g}",
             hint="a fine-tune moves its base by a few percent; check that it was trained from this base",
         )

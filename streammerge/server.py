@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>streammerge</title><meta http-equiv="refresh" content="5">
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>streammerge</title>
+<meta http-equiv="refresh" content="5">
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;width:100%}}td,th{{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}}
-code{{font-size:.9em}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}.hold{{background:#fff3cd;padding:.5rem 1rem}}</style>
+table{{border-collapse:collapse;width:100%}}
+td,th{{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #ddd}}
+code{{font-size:.9em}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem}}
+.hold{{background:#fff3cd;padding:.5rem 1rem}}</style>
 <h1>streammerge</h1>{body}
-<p><a href="api/v1/status">status</a> · <a href="api/v1/history">history</a> · <a href="api/v1/fine-tunes">fine-tunes</a> ·
-<a href="metrics">metrics</a></p></html>"""
+<p><a href="api/v1/status">status</a> · <a href="api/v1/history">history</a> ·
+<a href="api/v1/fine-tunes">fine-tunes</a> · <a href="metrics">metrics</a></p></html>"""
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,13 @@ def summary(views: Views) -> str:
     """Write the page's middle: what is served, what is held, the latest fine-tunes and versions."""
     status = views.status()
     current, head = status["current"] or {}, status["head"] or {}
-    parts = [
-        f"<p>Serving version <b>{current.get('version', '-')}</b> of {status['count']} fine-tunes by <b>{status['method']}</b>; "
-        f"head is {head.get('version', '-')}, {status['pending']} pending.<br><code>{html.escape(str(current.get('path', '')))}</code></p>"
-    ]
+    path = html.escape(str(current.get("path", "")))
+    serving = (
+        f"<p>Serving version <b>{current.get('version', '-')}</b> of {status['count']} fine-tunes "
+        f"by <b>{status['method']}</b>; head is {head.get('version', '-')}, {status['pending']} pending."
+        f"<br><code>{path}</code></p>"
+    )
+    parts = [serving]
     parts += [f'<p class="hold">Held: {html.escape(status["held"])}</p>'] if status["held"] else []
     parts += [f'<p class="hold">Not ready: {html.escape(problem)}</p>' for problem in views.problems()]
     parts.append(

@@ -1,7 +1,8 @@
 """The versioned store: build, seal, accept, list, verify, collect.
 
-Knows folders, manifests and digests; nothing of sources, the ledger or merging. The invariants: a sealed folder
-never changes; a folder appears under its final name whole or not at all; `current` points only into snapshots/.
+Knows folders, manifests and digests; nothing of sources, the ledger or merging. The invariants: a sealed
+folder never changes; a folder appears under its final name whole or not at all; `current` points only into
+snapshots/.
 """
 
 from __future__ import annotations

@@ -6,13 +6,14 @@ A method is a module of pure functions on one weight:
     WEIGHTED                            whether a fine-tune's own weight counts
     fold(slots, arrival, **knobs)       one delta in -> new slots
     render(slots, totals, **knobs)      what to add to the base now
-    prepare(slots, **knobs)             optional: data derived from the state alone, merged into `slots` before
-                                        `fold`; the daemon may compute it before the delta is there
+    prepare(slots, **knobs)             optional: data derived from the state alone, merged into `slots`
+                                        before `fold`; the daemon may compute it before the delta is there
     unfold(slots, arrival, **knobs)     optional, only where taking out is exact
     join(slots, others, **knobs)        optional, only where two states can be added
 
-Keyword arguments with defaults are the method's knobs: the signature is the documentation and the configuration
-schema. A weight of kind "added" may arrive in panels, so what a method does to it must be elementwise.
+Keyword arguments with defaults are the method's knobs: the signature is the documentation and the
+configuration schema. A weight of kind "added" may arrive in panels, so what a method does to it must be
+elementwise.
 """
 
 from __future__ import annotations
@@ -96,10 +97,10 @@ class Method(Protocol):
     SLOTS: Mapping[str, torch.dtype]
     WEIGHTED: bool
 
-    def fold(self, slots: Slots, arrival: Arrival, **knobs: Any) -> Slots:  # noqa: ANN401 -- each method's own
+    def fold(self, slots: Slots, arrival: Arrival, **knobs: Any) -> Slots:  # noqa: ANN401 -- each method has its own
         """Take one delta in."""
 
-    def render(self, slots: Slots, totals: Totals, **knobs: Any) -> Tensor:  # noqa: ANN401 -- each method's own
+    def render(self, slots: Slots, totals: Totals, **knobs: Any) -> Tensor:  # noqa: ANN401 -- each method has its own
         """Give what is added to the base."""
 
 
@@ -115,10 +116,10 @@ def knob_fields(name: str) -> dict[str, tuple[Any, Any]]:
     fields: dict[str, tuple[Any, Any]] = {}
     for function in (method.fold, method.render):
         for knob in inspect.signature(function).parameters.values():
-            if (
-                knob.kind is knob.KEYWORD_ONLY
-            ):  # its annotation is a string that the method's module understands
-                fields[knob.name] = (eval(knob.annotation, vars(method)), knob.default)  # noqa: S307 -- our own source
+            if knob.kind is knob.KEYWORD_ONLY:
+                # Its annotation is a string that the method's module understands.
+                annotation = eval(knob.annotation, vars(method))  # noqa: S307 -- our own annotations
+                fields[knob.name] = (annotation, knob.default)
     return fields
 
 
@@ -137,7 +138,7 @@ def resolve(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         "Knobs", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **cast("Any", fields)
     )
     try:
-        return model(**given).model_dump()
+        return dict(model(**given).model_dump())
     except ValidationError as exc:
         found = exc.errors()[0]
         raise ConfigError(

@@ -1,12 +1,13 @@
-"""OPCM: sequential orthogonal projection with adaptive scaling ("Merging Models on the Fly Without Retraining",
-arXiv 2501.09522), the method streammerge is built around.
+"""OPCM: sequential orthogonal projection with adaptive scaling, the method streammerge is built around.
 
-D is the running, unscaled sum of what each fine-tune contributed; with D = U S V^T and r the split rank, the part
-of a delta X that lives in D's leading r x r block is dropped, the remainder is made orthogonal to D, and the rest is
-added. The paper's per-step rescaling is equal to one global factor applied when weights are written, so the state
-stays exact. Differences from the authors' code: a sum of lower rank than its shape protects only the directions it
-has (theirs deletes the delta's literal diagonal there), and tails other than "diagonal" exist because that one
-amplifies rounding two- to fourfold per merge.
+After "Merging Models on the Fly Without Retraining", arXiv 2501.09522.
+
+D is the running, unscaled sum of what each fine-tune contributed; with D = U S V^T and r the split rank, the
+part of a delta X that lives in D's leading r x r block is dropped, the remainder is made orthogonal to D, and
+the rest is added. The paper's per-step rescaling is equal to one global factor applied when weights are
+written, so the state stays exact. Differences from the authors' code: a sum of lower rank than its shape
+protects only the directions it has (theirs deletes the delta's literal diagonal there), and tails other than
+"diagonal" exist because that one amplifies rounding two- to fourfold per merge.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "sc
     slots["sum"]   [out, in] float32, on the delta's device; zeros before the first fine-tune
     arrival.delta  [out, in] float32; a weight that is not projected is added whole
     alpha          0 <= alpha < 1, share of the sum's singular-value mass whose directions are protected
-    tail           what happens to the component along the rest of the sum: "scalar" removes the one multiple of the
-                   rest that makes the contribution orthogonal to the sum; "diagonal" removes each singular
-                   direction's own (the authors' later code); "keep" leaves it (their published figures)
+    tail           what happens to the component along the rest of the sum: "scalar" removes the one multiple
+                   of the rest that makes the contribution orthogonal to the sum; "diagonal" removes each
+                   singular direction's own (the authors' later code); "keep" leaves it (their published
+                   figures)
 
     The sum stays unscaled (arXiv 2501.09522 eq. 4-6; equal to the per-step recursion, tests/test_methods.py).
     """

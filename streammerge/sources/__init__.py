@@ -1,7 +1,8 @@
-"""Sources: places that announce fine-tunes. One file a kind; the file's name is the `type` in the configuration.
+"""Sources: places that announce fine-tunes. One file a kind, named like its `type` in the configuration.
 
-A source knows how its place looks, when something in it is complete, and how to bring it here. It does not know
-what was folded, and never decides what is good. Its `look` is the truth; events only make the next look come sooner.
+A source knows how its place looks, when something in it is complete, and how to bring it here. It does not
+know what was folded, and never decides what is good. Its `look` is the truth; events only make the next look
+come sooner.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Sighting:
     revision      "" while it is not complete; then what names this content for good
     waiting_for   why it is not complete yet, "" once it is
     until         when the source expects to know more, seconds since 1970; 0.0 if it cannot tell
-    refused       a reason to refuse it at once, seen from outside ("" for none), with its message in waiting_for
+    refused       a reason to refuse it at once, seen from outside ("" for none); waiting_for tells more
     fingerprint   what the source recognises unchanged files by; handed back at the next start
     published_at  seconds since 1970
     """

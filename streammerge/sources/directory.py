@@ -1,8 +1,8 @@
 """A folder as a source: every folder or .safetensors file in it is a fine-tune.
 
-A fine-tune is complete when its weights set is whole (header arithmetic, every shard of the index) and nothing of it
-changed for the settle time, counted from the last change seen here. Its revision is its content: editing a README
-or touching a file is no news. File events are hints; the scan is the truth.
+A fine-tune is complete when its weights set is whole (header arithmetic, every shard of the index) and
+nothing of it changed for the settle time, counted from the last change seen here. Its revision is its
+content: editing a README or touching a file is no news. File events are hints; the scan is the truth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import structlog
 import watchdog.events
 import watchdog.observers
 
-from streammerge import files, weights
+from streammerge import files, headers, weights
 from streammerge.errors import Refused, TryAgain
 from streammerge.sources import Known, Sighting
 
@@ -75,9 +75,13 @@ class Directory:
             links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
             if links and not self.config.follow_symlinks:
                 return Sighting(
-                    entry.name, f"link-{links[0]}"[:80], entry.stat(follow_symlinks=False).st_mtime, refused="symlink",
-                    waiting_for=f"{links[0]} is a symbolic link; set follow_symlinks: true for this source to allow it",
-                )  # fmt: skip
+                    entry.name,
+                    f"link-{links[0]}"[:80],
+                    entry.stat(follow_symlinks=False).st_mtime,
+                    refused="symlink",
+                    waiting_for=f"{links[0]} is a symbolic link; "
+                    "set follow_symlinks: true for this source to allow it",
+                )
             fingerprint, modified = _fingerprint(path)
             return self._ready_or_waiting(entry.name, path, fingerprint, modified, known.get(entry.name))
         except FileNotFoundError:
@@ -98,8 +102,8 @@ class Directory:
         if before is None or before[0] != fingerprint:
             before = self._changed_at[name] = (fingerprint, now)
         try:
-            weights.Weights(weights.find(path)).__exit__(None, None, None)
-        except weights.Incomplete as exc:
+            weights.Weights(headers.find(path)).__exit__(None, None, None)
+        except headers.Incomplete as exc:
             return Sighting(name, "", modified, waiting_for=exc.message)
         except Refused as exc:
             if exc.reason != "pickle-only":  # a header that cannot be true needs no settling
@@ -124,7 +128,7 @@ class Directory:
         """Name the content; what cannot be parsed is named by its raw bytes."""
         try:
             return weights.identity(path, self._beat)[:REVISION_CHARACTERS]
-        except (Refused, weights.Incomplete):
+        except (Refused, headers.Incomplete):
             return _raw_revision(path)
 
     def fetch(self, name: str, revision: str, into: Path) -> None:
@@ -136,10 +140,10 @@ class Directory:
                 if (
                     file.name in FETCHED_NAMES
                     or file.name.endswith(FETCHED_SUFFIXES)
-                    or weights.PICKLES.match(file.name)
+                    or headers.PICKLES.match(file.name)
                 ):
                     self._beat()
-                    if weights.PICKLES.match(file.name):
+                    if headers.PICKLES.match(file.name):
                         (into / file.name).touch()  # its name is enough to refuse it
                         continue
                     files.copy_file(file, into / file.name, follow_symlinks=self.config.follow_symlinks)

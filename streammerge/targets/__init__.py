@@ -1,7 +1,7 @@
 """Targets: who is told of a promotion. One file a kind; the file's name is the `type` in the configuration.
 
-A target makes one serving process take a version and says whether it serves it. It does not know why the version
-was promoted, and keeps nothing: what is still to be told lies in the ledger.
+A target makes one serving process take a version and says whether it serves it. It does not know why the
+version was promoted, and keeps nothing: what is still to be told lies in the ledger.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Told:
-    """What a target is told: `delivery` is the same at every retry, so that a repeated telling can be recognised."""
+    """What a target is told.
+
+    `delivery` is the same at every retry, so that a repeated telling can be recognised.
+    """
 
     version: int
     digest: str

@@ -1,7 +1,7 @@
 """A command as a target: exit 0 says that the version is served, 75 means later, anything else is a failure.
 
-The command gets STREAMMERGE_SNAPSHOT (the resolved folder), _VERSION, _DIGEST and _DELIVERY in a small environment
-and nothing on standard input. On a timeout its whole process group is killed.
+The command gets STREAMMERGE_SNAPSHOT (the resolved folder), _VERSION, _DIGEST and _DELIVERY in a small
+environment and nothing on standard input. On a timeout its whole process group is killed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Exec:
             )
         if code:
             raise TryAgain(
-                f"target {self.name} failed with exit {code}: {(errors or output)[-300:].strip() or 'no output'}",
+                f"target {self.name} failed with exit {code}: "
+                f"{(errors or output)[-300:].strip() or 'no output'}",
                 hint="it is told again by itself; `streammerge targets test` tries it now",
             )
 

@@ -1,0 +1,213 @@
+"""Commands that change the store: rows in the ledger, executed by whoever holds the lock."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from streammerge.cli.console import (
+    ConfigOption,
+    JsonOption,
+    NameArgument,
+    NoWaitOption,
+    YesOption,
+    app,
+    fine_tunes_app,
+    out,
+    print_json,
+    read_config,
+)
+from streammerge.errors import Locked, StreammergeError, TryAgain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from streammerge.config import Config
+
+WAIT_SECONDS = 30.0
+
+
+@fine_tunes_app.command()
+def approve(
+    name: NameArgument,
+    config: ConfigOption = None,
+    *,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a fine-tune in that waits for approval, or that was denied, refused or quarantined."""
+    ask(
+        config,
+        "approve",
+        {"name": name},
+        no_wait=no_wait,
+        as_json=as_json,
+        say=lambda r: f"{r['name']} is {r['state']}",
+    )
+
+
+@fine_tunes_app.command()
+def reject(
+    name: NameArgument,
+    config: ConfigOption = None,
+    *,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep a fine-tune out: its content is denied under any name."""
+    ask(
+        config,
+        "reject",
+        {"name": name},
+        no_wait=no_wait,
+        as_json=as_json,
+        say=lambda r: f"{r['name']} is {r['state']}",
+    )
+
+
+@fine_tunes_app.command()
+def retry(
+    name: NameArgument,
+    config: ConfigOption = None,
+    *,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a refused or quarantined fine-tune up again from the start."""
+    ask(
+        config,
+        "retry",
+        {"name": name},
+        no_wait=no_wait,
+        as_json=as_json,
+        say=lambda r: f"{r['name']} is {r['state']}",
+    )
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        int | None, typer.Argument(help="The version to serve; the parent of current if left out.")
+    ] = None,
+    config: ConfigOption = None,
+    *,
+    yes: YesOption = False,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve an older version, deny what was folded after it, and hold."""
+    which = "the previous version" if version is None else f"version {version}"
+    confirm(f"Serve {which}, deny what was folded after it, and hold?", yes=yes)
+    ask(
+        config, "rollback", {"version": version}, no_wait=no_wait, as_json=as_json,
+        say=lambda r: f"serving version {r['version']} instead of {r['from']}; "
+        f"denied: {', '.join(r['denied']) or 'nothing'}; held until `streammerge resume`",
+    )  # fmt: skip
+
+
+@app.command()
+def hold(
+    config: ConfigOption = None,
+    *,
+    why: Annotated[str, typer.Option(help="Shown by status until resume.")] = "",
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop folding and promotion; polling and fetching go on."""
+    ask(config, "hold", {"why": why}, no_wait=no_wait, as_json=as_json, say=lambda r: f"held: {r['held']}")
+
+
+@app.command()
+def resume(
+    config: ConfigOption = None, *, no_wait: NoWaitOption = False, as_json: JsonOption = False
+) -> None:
+    """Lift the hold, and only the hold: denied fine-tunes stay out."""
+    ask(
+        config,
+        "resume",
+        {},
+        no_wait=no_wait,
+        as_json=as_json,
+        say=lambda r: "resumed" if r["was"] else "it was not held",
+    )
+
+
+@app.command()
+def gc(config: ConfigOption = None, *, no_wait: NoWaitOption = False, as_json: JsonOption = False) -> None:
+    """Remove versions beyond `keep` that nothing needs."""
+    ask(
+        config,
+        "gc",
+        {},
+        no_wait=no_wait,
+        as_json=as_json,
+        say=lambda r: f"removed {len(r['removed'])}: {', '.join(r['removed']) or '-'}",
+    )
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal; elsewhere take it as said."""
+    if not yes and sys.stdin.isatty() and not typer.confirm(question):
+        raise StreammergeError("nothing was changed")
+
+
+def ask(
+    config: Path | None,
+    verb: str,
+    arguments: dict[str, Any],
+    *,
+    no_wait: bool,
+    as_json: bool,
+    say: Callable[[dict[str, Any]], str],
+) -> None:
+    """Leave a command in the ledger and see that it is executed: by the daemon, or here when none runs."""
+    from streammerge import reports
+    from streammerge.ledger import Ledger
+
+    settings = read_config(config)
+    store, reading = reports.open_for_reading(settings)
+    reading.close()
+    reports.refuse_stranger(store, writing=True)
+    ledger = Ledger(store.ledger)
+    number = ledger.ask(verb, arguments)
+    if no_wait:
+        out.print(f"left for the daemon as command {number}")
+        return
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (row := ledger.row("select * from commands where id = ?", number)) and row["state"] == "pending":
+        if not execute_here(settings):
+            if time.monotonic() > deadline:
+                raise TryAgain(
+                    f"the daemon did not execute `{verb}` within {WAIT_SECONDS:.0f} s",
+                    hint="it stays in its queue; `streammerge status`",
+                )
+            time.sleep(0.1)
+    assert row is not None
+    result = json.loads(row["result"])
+    if row["state"] == "failed":
+        error = StreammergeError(result["error"], hint=result["hint"])
+        error.exit_code = result["exit"]
+        raise error
+    print_json(result) if as_json else out.print(escape(say(result)), soft_wrap=True)
+
+
+def execute_here(settings: Config) -> bool:
+    """Execute what is in the ledger if no daemon does; False where one holds the lock."""
+    from streammerge import files, snapshots
+
+    store = snapshots.Store(settings.store)
+    try:
+        with files.locked(store.lock):
+            from streammerge import logs, once
+
+            logs.configure(level="warning")
+            once.obey_once(settings)
+            return True
+    except Locked:
+        return False

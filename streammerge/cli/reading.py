@@ -1,0 +1,185 @@
+"""Commands that read: they create nothing, take no lock and import no torch."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from streammerge.cli.console import (
+    ConfigOption,
+    JsonOption,
+    NameArgument,
+    app,
+    err,
+    fine_tunes_app,
+    out,
+    print_json,
+    print_table,
+    read_config,
+    size,
+)
+from streammerge.errors import StreammergeError
+
+
+@app.command()
+def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Say what is served, what is folded and what is waiting."""
+    from streammerge import reports
+
+    settings = read_config(config)
+    store, ledger = reports.open_for_reading(settings)
+    found = reports.status(settings, store, ledger)
+    if as_json:
+        print_json(found)
+        return
+    current, head = found["current"] or {}, found["head"] or {}
+    out.print(f"serving   version {current.get('version', '-')}  {current.get('path', '')}", soft_wrap=True)
+    out.print(
+        f"head      version {head.get('version', '-')}, {found['count']} fine-tunes "
+        f"by {found['method']} {found['knobs'] or ''}"
+    )
+    out.print(f"waiting   {found['pending']} fine-tunes")
+    if found["held"]:
+        out.print(
+            f"[yellow]held      {escape(found['held'])}; `streammerge resume` goes on[/]", soft_wrap=True
+        )
+    for source in found["sources"]:
+        out.print(
+            f"source    {source['name']}: {source['state']}"
+            + (f", {escape(source['error'])}" if source["error"] else ""),
+            soft_wrap=True,
+        )
+    for target in found["targets"]:
+        line = f"target    {target['name']}: {target['state']}, confirmed version {target['snapshot']}"
+        out.print(line + (f", {escape(target['error'])}" if target["error"] else ""), soft_wrap=True)
+    for version, why in found["damaged"].items():
+        out.print(f"[red]damaged   version {version}: {escape(why)}[/]", soft_wrap=True)
+    disk = found["disk"]
+    out.print(
+        f"disk      {size(disk['store_bytes'])} used, {size(disk['version_bytes'])} a version, up to "
+        f"{size(disk['full_store_bytes'])} with keep: {settings.keep}; {size(disk['free_bytes'])} free"
+    )
+
+
+@app.command()
+def history(
+    config: ConfigOption = None,
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="How many versions.")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """List versions, oldest first."""
+    from streammerge import reports
+
+    _, ledger = reports.open_for_reading(read_config(config))
+    found = reports.history(ledger, limit)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (r["version"], r["digest"][:12], r["state"], ", ".join(r["added"]), r["promoted_at"] or "", r["note"])
+        for r in found
+    ]
+    print_table(("version", "digest", "state", "added", "promoted", "note"), rows)
+
+
+@app.command()
+def show(
+    version: Annotated[str, typer.Argument(metavar="VERSION|head|current")],
+    config: ConfigOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Describe one version: what is inside, in which order, by which method, with which figures."""
+    from streammerge import reports
+
+    store, ledger = reports.open_for_reading(read_config(config))
+    found = reports.show(store, ledger, version)
+    if as_json:
+        print_json(found)
+        return
+    out.print(
+        f"version {found['version']}  {found['digest'][:12]}  {found.get('state', 'unrecorded')}\n"
+        f"{found['path']}",
+        soft_wrap=True,
+    )
+    out.print(f"{found['method']} {found['knobs']} finalize {found['finalize']}", soft_wrap=True)
+    for name, value in {**found["totals"], **found["health"]}.items():
+        out.print(f"  {name:24}{value if value is not None else '-'}")
+    print_table(
+        ("#", "fine-tune", "source", "revision", "digest"),
+        [
+            (i, f["name"], f["source"], f["revision"], f["digest"][:12])
+            for i, f in enumerate(found["fine_tunes"], 1)
+        ],
+    )
+
+
+@app.command()
+def path(config: ConfigOption = None) -> None:
+    """Print the resolved folder that is current."""
+    from streammerge import reports, snapshots
+
+    store, _ = reports.open_for_reading(read_config(config))
+    found = snapshots.current(store)
+    if found is None:
+        raise StreammergeError("nothing is served yet", hint="`streammerge status` says why")
+    sys.stdout.write(f"{found}\n")
+
+
+@app.command()
+def verify(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Read every byte of every version back and compare; exit 3 if anything is damaged."""
+    from streammerge import reports
+
+    store, ledger = reports.open_for_reading(read_config(config))
+    with err.status("verifying") if err.is_terminal else nullcontext() as shown:
+        damage = reports.verify(
+            store, ledger, lambda name: shown.update(f"verifying {name}") if shown else None
+        )
+    if as_json:
+        print_json({"damaged": bool(damage), "findings": damage})
+    else:
+        for line in damage:
+            out.print(f"[red]damaged[/] {escape(line)}", soft_wrap=True)
+        if not damage:
+            out.print("every version is what was sealed")
+    if damage:
+        raise typer.Exit(3)
+
+
+@fine_tunes_app.callback()
+def fine_tunes(context: typer.Context, config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """List every fine-tune ever seen, in folding order."""
+    if context.invoked_subcommand is not None:
+        return
+    from streammerge import reports
+
+    _, ledger = reports.open_for_reading(read_config(config))
+    found = reports.fine_tunes(ledger)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (f["name"], f["source"], f["revision"], f["state"], f["version"], f["reason"], f["detail"])
+        for f in found
+    ]
+    print_table(("name", "source", "revision", "state", "version", "reason", "detail"), rows)
+
+
+@fine_tunes_app.command("show")
+def show_fine_tune(name: NameArgument, config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Say at which step a fine-tune is, waiting for what, until when."""
+    from streammerge import reports
+
+    _, ledger = reports.open_for_reading(read_config(config))
+    found = reports.fine_tune(reports.match_fine_tune(ledger.fine_tunes(), name))
+    if as_json:
+        print_json(found)
+        return
+    for key, value in found.items():
+        out.print(f"{key:16}{escape(str(value)) if value is not None else '-'}", soft_wrap=True)

@@ -1,0 +1,138 @@
+"""Commands that work: the daemon and a look at its health, a merge without it, the demo; and the version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from streammerge import __version__
+from streammerge import config as configuration
+from streammerge.cli.console import ConfigOption, JsonOption, app, err, out, print_json, read_config
+from streammerge.errors import ConfigError, StreammergeError
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Work off what is there, then end; opens no port.")
+    ] = False,
+) -> None:
+    """Watch the sources and keep the merged model up to date, until SIGTERM."""
+    from streammerge import logs
+
+    path = configuration.locate(config)
+    settings = configuration.load(path)[0]
+    logs.configure(level=settings.log_level)
+    if once:
+        from streammerge.once import run_once
+
+        run_once(settings)
+    else:
+        from streammerge import daemon
+
+        daemon.Daemon(path, settings).run()
+
+
+@app.command()
+def healthcheck(config: ConfigOption = None) -> None:
+    """Ask the running daemon whether it is alive; exit 0 if it is."""
+    import urllib.error
+    import urllib.request
+
+    host, port = read_config(config).http.address
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- compared, never bound
+    url = f"http://[{host}]:{port}/healthz" if ":" in host else f"http://{host}:{port}/healthz"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 -- always http, to our own port
+            answer.read()
+    except (urllib.error.URLError, OSError) as exc:
+        raise StreammergeError(
+            f"{url} does not say that the daemon is alive: {exc}", hint="is `streammerge run` running?"
+        ) from exc
+    out.print("alive")
+
+
+@app.command()
+def merge(
+    fine_tunes: Annotated[
+        list[Path],
+        typer.Argument(metavar="FT…", help="Model folders or .safetensors files, in folding order."),
+    ],
+    base: Annotated[Path, typer.Option(help="A model folder or one .safetensors file.")],
+    target: Annotated[Path, typer.Option("--out", help="A new folder: gets model/ and manifest.json.")],
+    method: Annotated[str, typer.Option(help="opcm, average or task_arithmetic.")] = "opcm",
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; repeatable."),
+    ] = None,
+    added: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Weights added whole; replaces the default list; repeatable."),
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="REASON", help="Fold in spite of this reason; repeatable.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="finalize.scale: multiplies the merged delta.")] = 1.0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 instead of the base's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Fold fine-tunes into a base once, in the given order, with the daemon's own engine."""
+    from streammerge import offline
+
+    request = offline.Request(
+        base=base, fine_tunes=tuple(fine_tunes), out=target, method=method, knobs=parse_knobs(knobs or []),
+        added=tuple(added) if added else None, allow=frozenset(allow or []), scale=scale, dtype=dtype,
+        device=device, threads=threads,
+    )  # fmt: skip
+    manifest = offline.merge(
+        request,
+        warn=lambda text: err.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True),
+        console=err,
+    )
+    if as_json:
+        print_json(manifest)
+        return
+    totals = manifest["totals"]
+    out.print(
+        f"{totals['count']} fine-tunes in {target}/model, lambda {totals['lambda']:.4f}", soft_wrap=True
+    )
+
+
+def parse_knobs(pairs: list[str]) -> dict[str, Any]:
+    """Read KNOB=VALUE pairs; values as in YAML."""
+    import yaml
+
+    knobs = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: no value", hint="write for example --set alpha=0.5")
+        knobs[name] = yaml.safe_load(value)
+    return knobs
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="A new folder for everything the demo makes.")] = Path(
+        "streammerge-demo"
+    ),
+) -> None:
+    """Watch the real daemon fold seven fine-tunes, refuse a broken one, take a harmful one back. A minute."""
+    from streammerge import demo as show
+
+    show.run(folder, console=out)
+
+
+@app.command()
+def version(*, as_json: JsonOption = False) -> None:
+    """Print the version."""
+    print_json({"version": __version__}) if as_json else out.print(__version__)

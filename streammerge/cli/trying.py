@@ -1,0 +1,125 @@
+"""Commands that try the configured sources and targets, and check or describe the configuration."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from streammerge import config as configuration
+from streammerge.cli.console import (
+    ConfigOption,
+    JsonOption,
+    config_app,
+    out,
+    print_json,
+    print_table,
+    read_config,
+    size,
+    sources_app,
+    targets_app,
+)
+from streammerge.errors import StreammergeError, TryAgain
+
+
+@sources_app.command("test")
+def try_sources(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Look at every source once and say what is there; folds nothing. Exit 75 if one cannot be seen."""
+    from streammerge.sources import open_source
+
+    found: list[dict[str, Any]] = []
+    failed = False
+    for part in read_config(config).sources:
+        try:
+            sightings = open_source(part).look({})
+            found.append(
+                {"name": part.name, "state": "ok", "error": None, "fine_tunes": [s.name for s in sightings]}
+            )
+        except TryAgain as exc:
+            failed = True
+            found.append({"name": part.name, "state": "error", "error": exc.message, "fine_tunes": []})
+    if as_json:
+        print_json(found)
+    for entry in found if not as_json else []:
+        there = ", ".join(entry["fine_tunes"]) or "nothing there"
+        out.print(f"{entry['name']}: {entry['state']}, {entry['error'] or there}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(75)
+
+
+@targets_app.command("test")
+def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Tell every target of the version that is current now. Exit 75 if one does not confirm."""
+    from streammerge import reports, snapshots
+    from streammerge.targets import Told, open_target
+
+    settings = read_config(config)
+    store, _ = reports.open_for_reading(settings)
+    serving = snapshots.current(store)
+    if serving is None:
+        raise StreammergeError("nothing is served yet", hint="`streammerge status` says why")
+    snapshot, found = snapshots.read(serving), []
+    for part in settings.targets:
+        try:
+            open_target(part).tell(
+                Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}")
+            )
+            found.append({"name": part.name, "state": "confirmed", "error": None})
+        except TryAgain as exc:
+            found.append({"name": part.name, "state": "failing", "error": exc.message})
+    if as_json:
+        print_json(found)
+    for entry in found if not as_json else []:
+        out.print(
+            f"{entry['name']}: {entry['state']}"
+            + (f", {escape(str(entry['error']))}" if entry["error"] else ""),
+            soft_wrap=True,
+        )
+    if any(entry["error"] for entry in found):
+        raise typer.Exit(75)
+
+
+@config_app.command("check")
+def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Check the configuration and the base, and say what the store will take."""
+    from streammerge import offline
+
+    place = configuration.locate(config)
+    found = offline.check(configuration.load(place)[0])
+    if as_json:
+        print_json({"file": str(place), **found})
+        return
+    out.print(f"{place}: good", soft_wrap=True)
+    out.print(
+        f"base has {found['weights']} weights, {size(found['base_bytes'])}; "
+        f"{found['projected']} are projected, {found['added']} added whole"
+    )
+    out.print(
+        f"a version takes {size(found['version_bytes'])}, the store up to {size(found['full_store_bytes'])}"
+    )
+    for warning in found["warnings"]:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+@config_app.command("show")
+def show_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Print every effective value and where it came from."""
+    settings, origins = configuration.load(configuration.locate(config))
+    values = settings.model_dump(mode="json")
+    if as_json:
+        print_json(
+            {key: {"value": value, "origin": origins.get(key, "default")} for key, value in values.items()}
+        )
+        return
+    print_table(
+        ("key", "value", "origin"),
+        [(k, json.dumps(v, ensure_ascii=False), origins.get(k, "default")) for k, v in values.items()],
+    )
+
+
+@config_app.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of the configuration."""
+    print_json(configuration.Config.model_json_schema())

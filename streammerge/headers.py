@@ -1,0 +1,238 @@
+"""What is known of a model before any weight is read: which files hold it, and their headers, proven.
+
+Strangers' files come in here. Everything is bounded before it is read, and a header must be consistent with
+its file's size to the byte before anything is allocated for what it describes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streammerge.errors import Refused, TryAgain
+
+MAX_HEADER_BYTES = 32 << 20
+MAX_JSON_BYTES = 64 << 20
+MAX_NAME_CHARACTERS = 1024
+MAX_DIMENSIONS = 16
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+
+SIDECARS = frozenset({"gram.safetensors", "fisher.safetensors"})
+PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|ot|onnx|gguf)(\.index\.json)?$")
+
+
+class Incomplete(TryAgain):
+    """Files are still missing or growing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight as a file's header declares it; `start` and `stop` are byte offsets in that file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it takes part in merging."""
+        return self.dtype in FLOATING
+
+
+@dataclass(frozen=True)
+class WeightsSet:
+    """The files that hold a model's weights, and which sort they are."""
+
+    files: tuple[Path, ...]
+    is_adapter: bool = False
+
+
+def find(path: Path) -> WeightsSet:
+    """Choose the weights set of a model folder or take a single .safetensors file.
+
+    An index and its shards, else model.safetensors, else adapter_model.safetensors, else the one other
+    .safetensors file. Raises Incomplete where a shard is missing, Refused where there is nothing to read.
+    """
+    if path.is_file():
+        return WeightsSet((path,))
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    found = [name for name in names if name.endswith(".safetensors") and name not in SIDECARS]
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    if indexes:
+        return _from_index(
+            path, "model.safetensors.index.json" if "model.safetensors.index.json" in indexes else indexes[0]
+        )
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        if name in found:
+            return WeightsSet((path / name,), is_adapter=name.startswith("adapter"))
+    if len(found) == 1:
+        return WeightsSet((path / found[0],))
+    if found:
+        raise Refused(
+            "malformed",
+            f"{path.name} holds {len(found)} .safetensors files and no index: {', '.join(found[:4])}",
+            hint="save it with an index (model.safetensors.index.json) or as one model.safetensors",
+        )
+    if pickles := [name for name in names if PICKLES.match(name)]:
+        raise Refused(
+            "pickle-only",
+            f"{path.name} has no safetensors, only {', '.join(pickles[:4])}; "
+            "pickled weights are never opened",
+            hint="save it again with safe_serialization=True (safetensors)",
+        )
+    raise Incomplete(
+        f"{path.name} holds no .safetensors file yet", hint="copy the weights in, or remove the folder"
+    )
+
+
+def _from_index(folder: Path, index_name: str) -> WeightsSet:
+    weight_map = read_json(folder / index_name).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise Refused("malformed", f"{index_name} has no usable weight_map", hint="save the model again")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != Path(shard).name or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
+            raise Refused(
+                "malformed",
+                f"{index_name} names {shard!r}, which is not a .safetensors file beside it",
+                hint="an index may name only files of its own folder",
+            )
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}", hint="copy the rest"
+        )
+    return WeightsSet(tuple(folder / shard for shard in shards))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size, as data. An absent file reads as {}."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise Refused(
+                "malformed",
+                f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes",
+                hint="it is no model file",
+            )
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as exc:
+        raise Refused(
+            "malformed", f"{path.name} is not readable JSON: {exc}", hint="save the model again"
+        ) from exc
+    if not isinstance(content, dict):
+        raise Refused("malformed", f"{path.name} holds no JSON object", hint="save the model again")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def parse_header(descriptor: int, label: str, file: int = 0) -> list[Entry]:
+    """Read a safetensors header and prove it consistent with the file's size.
+
+    Weights must tile the data exactly: sorted by offset, no gap, no overlap, each as long as its dtype and
+    shape say. Raises Refused("malformed"), or Incomplete where the file ends before what the header declares.
+    """
+    size = os.fstat(descriptor).st_size
+    header, data_start = _read_header(descriptor, label, size)
+    try:
+        entries = sorted(
+            (_entry(name, raw, file, data_start) for name, raw in header.items()),
+            key=lambda e: (e.start, e.stop),
+        )
+    except ValueError as exc:
+        raise _lie(label, str(exc)) from exc
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            found = f"{entry.name} starts at byte {entry.start:,} where {position:,} is next"
+            raise _lie(label, f"{found}: a gap or an overlap")
+        position = entry.stop
+    if position > size:
+        raise Incomplete(f"{label} has {size:,} of {position:,} bytes", hint="copy the whole file")
+    if position < size:
+        raise _lie(label, f"{size - position:,} bytes follow the last weight")
+    return entries
+
+
+def _lie(label: str, what: str) -> Refused:
+    return Refused(
+        "malformed", f"{label}: {what}", hint="the file is damaged or no safetensors file; save it again"
+    )
+
+
+def _read_header(descriptor: int, label: str, size: int) -> tuple[dict[str, Any], int]:
+    """Read the header's JSON, bounded; gives its weights, unchecked, and the byte where the data begins."""
+    if size < 8:
+        raise Incomplete(f"{label} has only {size} bytes", hint="copy the whole file")
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > MAX_HEADER_BYTES:
+        raise _lie(
+            label, f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read"
+        )
+    if 8 + length > size:
+        raise Incomplete(
+            f"{label} has {size:,} bytes and its header alone needs {8 + length:,}",
+            hint="copy the whole file",
+        )
+    try:
+        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as exc:
+        raise _lie(label, f"the header is not readable JSON: {exc}") from exc
+    if not isinstance(header, dict):
+        raise _lie(label, "the header is no JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _entry(name: str, raw: object, file: int, data_start: int) -> Entry:
+    """Check one weight of a header; every message goes to the caller as ValueError."""
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name[:80]!r} is not described by dtype, shape and data_offsets")
+    if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
+        raise ValueError(f"{name[:80]!r} is no usable name")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype!r}, which streammerge does not read")
+    whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in whole):
+        raise ValueError(f"{name} has an impossible shape or offset")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(
+            f"{name} claims {stop - start:,} bytes, its shape {shape} of {dtype} needs another number"
+        )
+    return Entry(name, dtype, tuple(shape), file, data_start + start, data_start + stop)

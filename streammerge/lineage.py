@@ -1,0 +1,66 @@
+"""How a merge came about, written down: the manifest's facts, the health figures, the model card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from streammerge.methods import Totals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from streammerge import finalize
+    from streammerge.engine import Engine, Measured
+    from streammerge.plan import Recipe
+
+
+def manifest_of(
+    engine: Engine,
+    recipe: Recipe,
+    finish: finalize.Finalize,
+    folded: list[dict[str, Any]],
+    totals: Totals,
+    norm: float,
+    measured: Measured | None,
+) -> dict[str, Any]:
+    """Describe how a merge came about, without times; shared with `streammerge merge`."""
+    return {
+        "method": recipe.method,
+        "knobs": dict(recipe.knobs),
+        "finalize": finish.model_dump(),
+        "threads": engine.threads,
+        "device": str(engine.device),
+        "torch": torch.__version__,
+        "fine_tunes": folded,
+        "totals": {**{k: getattr(totals, k) for k in Totals.__dataclass_fields__}, "lambda": totals.lambda_},
+        "health": health(totals, norm, measured),
+    }
+
+
+def health(totals: Totals, norm: float, measured: Measured | None) -> dict[str, float | None]:
+    """Give the figures that tell a sound merge from a sick one."""
+    return {
+        "merged_norm": norm,
+        "norm_ratio": norm / totals.max_delta_norm if totals.max_delta_norm else None,
+        "lambda_over_sqrt_count": totals.lambda_ / totals.count**0.5 if totals.count else None,
+        "delta_norm": measured.delta_norm if measured else None,
+        "kept_energy": measured.kept_energy if measured else None,
+        "orthogonality": measured.orthogonality if measured else None,
+    }
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """Write the model card: what is inside, in which order, by which method."""
+    lines = [
+        "---", f"base_model: {manifest['base']['name']}", "base_model_relation: merge",
+        "tags: [merge, streammerge]", "---", "",
+        f"# Version {manifest['version']}", "",
+        f"Merged by streammerge, method `{manifest['method']}` with {manifest['knobs'] or 'no knobs'}.", "",
+        "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for number, entry in enumerate(manifest["fine_tunes"], 1):
+        origin = f"{entry['source']} | {entry['revision']} | {entry['digest'][:12]}"
+        lines.append(f"| {number} | {entry['name']} | {origin} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,107 @@
+"""Work without a daemon: `run --once`, and a person's command when no daemon runs.
+
+The store's lock is held throughout.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from streammerge import files, operations, promote, recovery, screen, turns
+from streammerge.engine import Engine
+from streammerge.errors import Stopped, TryAgain
+from streammerge.metrics import Metrics
+from streammerge.sources import open_source
+from streammerge.targets import open_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.config import Config
+    from streammerge.merging import Merge
+    from streammerge.sources import Source
+
+log = structlog.get_logger()
+
+
+def raise_if_set(stopping: threading.Event) -> None:
+    """Raise Stopped once a stop was asked for; long work calls this between its parts."""
+    if stopping.is_set():
+        raise Stopped("a stop was asked for", hint="the work is done again at the next start")
+
+
+def run_once(config: Config) -> None:
+    """Look at every source, wait out settling, fold what is ready, tell the targets, and end. Opens no port.
+
+    Raises TryAgain where something was left for later: a source that failed, a full disk, a target not
+    confirmed.
+    """
+    store = recovery.prepare_folder(config)
+    with files.locked(store.lock):
+        asked_to_stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+        beat = partial(raise_if_set, asked_to_stop)
+        engine = Engine(device=config.device, threads=config.threads, residency=config.residency, beat=beat)
+        metrics = Metrics(screen.REASONS)
+        metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
+        merge = recovery.open_merge(config, engine, metrics)
+        try:
+            turns.check_served(merge)
+            operations.work_off(merge)
+            sources = {part.name: open_source(part, beat) for part in config.sources}
+            failures = look_until_settled(merge, sources, beat)
+            while turns.work_once(merge, sources):
+                beat()
+            promote.deliver(merge, [open_target(part) for part in config.targets])
+            left = merge.ledger.fine_tunes("pending") if not merge.held else []
+            failures += [f"{row['name']}: {row['detail']}" for row in left]
+            failures += [
+                f"target {row['target']}: {row['error']}"
+                for row in merge.ledger.rows("select * from outbox where state = 'pending'")
+            ]
+        finally:
+            merge.ledger.close()
+    if failures:
+        raise TryAgain("; ".join(failures), hint="run it again later")
+
+
+def obey_once(config: Config) -> None:
+    """Execute the commands in the ledger without a daemon, and tell the targets once.
+
+    The caller holds the lock.
+    """
+    metrics = Metrics(screen.REASONS)
+    metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
+    merge = recovery.open_merge(config, Engine(device="cpu", threads=config.threads), metrics)
+    try:
+        operations.work_off(merge)
+        promote.deliver(merge, [open_target(part) for part in config.targets])
+    finally:
+        merge.ledger.close()
+
+
+def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[[], None]) -> list[str]:
+    """Look at every source until none says that it will know more soon; gives what failed."""
+    failures = []
+    for name, source in sources.items():
+        again = [0.0]
+        while again:
+            again.clear()
+            try:
+                turns.look_at(merge, source, lambda _name, seconds, again=again: again.append(seconds))  # type: ignore[misc]
+            except Stopped:
+                raise
+            except TryAgain as exc:
+                failures.append(exc.message)
+            deadline = time.monotonic() + max(again, default=0.0)
+            while time.monotonic() < deadline:
+                beat()
+                time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+        log.info("source.looked_at", source=name)
+    return failures

@@ -1,0 +1,126 @@
+"""The turns of work that the daemon takes for ever and `run --once` takes until nothing is left.
+
+With the gauges that mirror the store, which a scrape brings up to date.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from streammerge import pipeline, reconcile, reports, snapshots
+from streammerge.errors import NoSpace, Stopped, TryAgain
+from streammerge.ledger import now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+    from streammerge.sources import Source
+
+log = structlog.get_logger()
+
+
+def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], None]) -> None:
+    """Look at a source once, with its metrics and one log line when its state changes; raises TryAgain."""
+    part = next(p for p in merge.config.sources if p.name == source.name)
+    started = time.monotonic()
+    before = reports.source_status(merge.ledger, source.name)["state"]
+    try:
+        until = reconcile.observe(merge, source, part)
+    except Stopped:
+        raise
+    except TryAgain as exc:
+        reconcile.failed(merge.ledger, source.name, exc.message)
+        merge.metrics.polls.labels(source.name, "error").inc()
+        merge.metrics.source_up.labels(source.name).set(0)
+        if before != "error":
+            log.warning("source.unreachable", source=source.name, error=exc.message, hint=exc.hint)
+        raise
+    finally:
+        merge.metrics.poll_seconds.labels(source.name).observe(time.monotonic() - started)
+    merge.metrics.polls.labels(source.name, "ok").inc()
+    merge.metrics.source_up.labels(source.name).set(1)
+    if before == "error":
+        log.info("source.reachable", source=source.name)
+    if until:
+        look_later(source.name, until - now())
+
+
+def check_served(merge: Merge) -> None:
+    """Before the first fold after a start: head and current must be, byte for byte, what was sealed."""
+    started = time.monotonic()
+    wanted = {merge.head.path, snapshots.current(merge.store) or merge.head.path}
+    for path in sorted(wanted):
+        snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
+    log.info(
+        "store.verified",
+        versions=[path.name for path in sorted(wanted)],
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
+    """Take up the next thing that can be done; False if there is nothing to do now."""
+    if not merge.held:
+        conclude_open(merge)
+    row = next_row(merge, sources)
+    if row is None:
+        return False
+    try:
+        pipeline.journey(merge, row, sources[row["source"]])
+    except Stopped:
+        raise
+    except TryAgain as exc:
+        pipeline.put_back(merge, row, exc)
+    return True
+
+
+def conclude_open(merge: Merge) -> None:
+    """Gate and accept candidates that a kill or a hold left sealed."""
+    for row in merge.ledger.rows("select * from snapshots where state = 'candidate' order by version"):
+        path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
+        try:
+            pipeline.conclude(merge, snapshots.read(path))
+        except Stopped:
+            raise
+        except TryAgain as exc:
+            log.warning("candidate.waits", version=row["version"], detail=exc.message)
+            merge.full_disk = exc.message if isinstance(exc, NoSpace) else merge.full_disk
+
+
+def next_row(merge: Merge, sources: dict[str, Source]) -> Row | None:
+    """Choose the first pending fine-tune that is due; during a hold, one that is still to be fetched."""
+    if merge.ledger.row("select 1 from snapshots where state = 'candidate'") and not merge.held:
+        return None
+    for row in merge.ledger.fine_tunes("pending"):
+        is_due = row["next_try_at"] <= now() and row["source"] in sources
+        if is_due and not (merge.held and row["step"] != "announced"):
+            return row
+    return None
+
+
+def refresh(merge: Merge) -> None:
+    """Bring gauges that mirror the store up to date; called at each scrape."""
+    metrics, status = merge.metrics, reports.status(merge.config, merge.store, merge.ledger)
+    metrics.head_version.set(status["head"]["version"] if status["head"] else 0)
+    metrics.current_version.set(status["current"]["version"] if status["current"] else 0)
+    last = merge.ledger.last_promotion()
+    metrics.current_time.set((last or {}).get("switched_at") or 0)
+    metrics.held.set(bool(status["held"]))
+    metrics.disk_free.set(status["disk"]["free_bytes"])
+    metrics.disk_full.set(bool(merge.full_disk))
+    waiting = merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval")
+    metrics.oldest_pending.set(min((row["first_seen_at"] for row in waiting), default=0))
+    for part in merge.config.sources:
+        metrics.pending.labels(part.name).set(sum(row["source"] == part.name for row in waiting))
+        row = merge.ledger.row("select last_success_at from sources where name = ?", part.name)
+        metrics.source_success.labels(part.name).set((row or {}).get("last_success_at") or 0)
+    for target in status["targets"]:
+        metrics.outbox.labels(target["name"]).set(target["open"])
+        metrics.served.labels(target["name"]).set(
+            bool(status["current"]) and target["snapshot"] == status["current"]["version"]
+        )
