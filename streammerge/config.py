@@ -1,7 +1,7 @@
 """The configuration: YAML, environment, defaults; checked whole before anything starts.
 
-Unknown keys are errors that name the nearest valid one. Relative paths are taken against the file. Secrets
-never stand in it: keys ending in `_file` name where they are, and systemd credentials are looked up by name.
+Unknown keys are errors that name the nearest valid one. Relative paths are taken against the file. It holds
+no secrets.
 """
 
 from __future__ import annotations

@@ -306,22 +306,23 @@ class Daemon:
     def _work(self) -> None:
         """Fold what is pending, one at a time, for as long as the process lives."""
         merge = self._merge()
-        turns.check_served(merge)
+        unchecked = turns.check_served(merge)
         while not self.stopping.is_set():
             self._beat()
             self.work_there.clear()
             self._fold_bytes = 0
-            if not turns.work_once(merge, self.sources):
-                self.work_there.wait(IDLE_SECONDS)
-            else:
+            if turns.work_once(merge, self.sources):
                 self.news_there.set()
+            elif not turns.check_another(merge, unchecked):
+                self.work_there.wait(IDLE_SECONDS)
 
     def _tell(self) -> None:
         """Tell targets what was promoted."""
         merge = self._merge()
         while not self.stopping.is_set():
             self.news_there.clear()
-            due = promote.deliver(merge, [open_target(part) for part in merge.config.targets])
+            stopping = partial(raise_if_set, self.stopping)
+            due = promote.deliver(merge, [open_target(part, stopping) for part in merge.config.targets])
             self.news_there.wait(min(IDLE_SECONDS, max(0.05, due - now())) if due else IDLE_SECONDS)
 
     def _obey(self) -> None:

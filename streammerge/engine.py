@@ -18,7 +18,7 @@ import torch
 from streammerge import finalize, linalg, methods, plan
 from streammerge.errors import ConfigError, Damaged, Refused
 from streammerge.furnish import read_config
-from streammerge.headers import CODES, WeightsSet, find
+from streammerge.headers import CODES, Incomplete, WeightsSet, find
 from streammerge.methods import Arrival, Slots, Totals
 from streammerge.plan import Recipe
 from streammerge.state import STATISTICS, State, StateShard, combine, statistics_of, write_statistics
@@ -124,7 +124,7 @@ class Engine:
                 return Recipe(path, base.content_digest(), plan.make(base, config, added), "", {}), math.sqrt(
                     squares
                 )
-        except (OSError, Refused) as exc:
+        except (OSError, Refused, Incomplete) as exc:
             raise ConfigError(
                 f"base {path} cannot be read: {exc}", hint="`base` is a model folder or one .safetensors file"
             ) from exc

@@ -163,7 +163,10 @@ def approve(merge: Merge, *, name: str) -> dict[str, Any]:
     refuse_settled(row, "approve")
     with merge.ledger.transaction():
         merge.ledger.allow([row["digest"]])
-        start_again(merge, row, approved=1)
+        if row["state"] in ("awaiting_approval", "pending"):
+            merge.ledger.update_fine_tune(row["id"], state="pending", detail="", approved=1)
+        else:
+            start_again(merge, row, approved=1)
     return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "pending"}
 
 

@@ -6,6 +6,7 @@ finished or removed by `recovery`. The order of a step's effects is never the or
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from streammerge.sources import Source
 
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
+SPACE_SECONDS = 15.0  # how soon a full disk is looked at again
 
 log = structlog.get_logger()
 
@@ -67,7 +69,10 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
         files.remove_tree(part)
         part.mkdir()
         with stage(merge, "fetch"), files.disk_errors("fetching"):
-            files.require_space(merge.store.root, 0, reserve_bytes=merge.config.reserve, purpose="fetching")
+            base_bytes = int(merge.store.read_settings()["base"]["bytes"])  # a full fine-tune is as large
+            files.require_space(
+                merge.store.root, base_bytes, reserve_bytes=merge.config.reserve, purpose="fetching"
+            )
             source.fetch(row["name"], row["revision"], part)
             reached("copied")
             files.fsync_tree(part)
@@ -206,7 +211,7 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
         "insert into snapshots (version, digest, parent, state, count, added, removed, sealed_at) "
         "values (?, ?, ?, 'candidate', ?, ?, '[]', ?)",
         candidate.version, candidate.digest, candidate.parent, len(candidate.fine_tunes),
-        files.canonical_json(added).decode().strip(), now(),
+        json.dumps(added), now(),
     )  # fmt: skip
 
 
@@ -352,6 +357,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
 def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
     """Leave a fine-tune pending for a later try; gives when."""
     wait = RETRY_SECONDS[min(row["attempts"], len(RETRY_SECONDS) - 1)]
+    wait = min(wait, SPACE_SECONDS) if isinstance(why, NoSpace) else wait
     merge.ledger.update_fine_tune(
         row["id"], attempts=row["attempts"] + 1, next_try_at=now() + wait, detail=why.message
     )

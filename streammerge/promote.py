@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import snapshots
-from streammerge.errors import TryAgain
+from streammerge.errors import Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.merging import reached
 from streammerge.targets import Told
@@ -106,6 +106,8 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
     started = time.monotonic()
     try:
         target.tell(Told(row["version"], row["digest"], path, f"{row['promotion']}-{row['digest'][:12]}"))
+    except Stopped:
+        raise
     except TryAgain as exc:
         wait = min(FIRST_RETRY_SECONDS * 2 ** min(row["attempts"], 16), LONGEST_RETRY_SECONDS)
         merge.ledger.write(

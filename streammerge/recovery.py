@@ -166,7 +166,8 @@ def accept_trailing(merge: Merge) -> None:
 
 def check_accepted(merge: Merge) -> None:
     """Head and current must be there, whole by size, as the ledger says; older damaged ones are marked."""
-    damaged = {}
+    marked = merge.ledger.fact("damaged") or {}
+    damaged = {v: why for v, why in marked.items() if snapshots.by_version(merge.store, int(v))}
     serving = snapshots.current(merge.store)
     for row in merge.ledger.rows(
         "select * from snapshots where state in ('accepted', 'rolled_back') order by version"
@@ -183,11 +184,13 @@ def check_accepted(merge: Merge) -> None:
 
 def mark_damaged(merge: Merge, damaged: dict[str, str]) -> None:
     """Remember which older versions no longer verify: they are not offered for a rollback."""
-    if damaged != (merge.ledger.fact("damaged") or {}):
+    known = merge.ledger.fact("damaged") or {}
+    if damaged != known:
         merge.ledger.set_fact("damaged", damaged)
     merge.metrics.damaged.set(len(damaged))
     for version, why in damaged.items():
-        log.error("snapshot.damaged", version=int(version), detail=why)
+        if version not in known:
+            log.error("snapshot.damaged", version=int(version), detail=why)
 
 
 def finish_promotion(merge: Merge) -> None:

@@ -215,8 +215,9 @@ def fine_tune(row: Row) -> dict[str, Any]:
 
 def match_fine_tune(rows: list[Row], name: str) -> Row:
     """Choose among rows; an ambiguous name must say its source."""
-    wanted, _, revision = name.partition("@")
-    source, _, plain = wanted.rpartition(":")
+    exact = any(row["name"] == name for row in rows)  # a name may hold these signs itself
+    wanted, _, revision = (name, "", "") if exact else name.partition("@")
+    source, _, plain = ("", "", name) if exact else wanted.rpartition(":")
     found = [
         row for row in rows
         if row["name"] == plain and source in ("", row["source"]) and row["revision"].startswith(revision)

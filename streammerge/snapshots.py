@@ -74,8 +74,16 @@ class Store:
 
     def create(self) -> None:
         """Make the folders of a new store."""
-        for folder in (self.root, self.inbox, self.candidates, self.snapshots):
-            folder.mkdir(exist_ok=True, parents=True, mode=0o755)
+        private, shared = (
+            0o700,
+            0o755,
+        )  # whatever the umask: servers follow `current`, the rest is nobody's business
+        for folder, mode in (
+            (self.root, shared), (self.snapshots, shared), (self.inbox, private), (self.candidates, private),
+        ):  # fmt: skip
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                folder.chmod(mode)
         files.fsync_folder(self.root)
 
     def read_settings(self) -> dict[str, Any]:

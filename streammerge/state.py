@@ -108,18 +108,23 @@ class StateShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            for slot, reader in self._readers.items():
-                file_name = self._names[slot]
-                if reader.file_digest() != self._old.hashes[file_name]:
-                    self._stack.__exit__(Damaged, None, None)  # the writers must not finish
-                    raise Damaged(
-                        f"{self._old.folder / file_name} does not have the content it was sealed with",
-                        hint="roll back to a version that verifies",
-                    )
+        if kind is None and (damage := self._damage()):
+            self._stack.__exit__(Damaged, damage, None)  # so that the writers do not finish
+            raise damage
         self._stack.__exit__(kind, error, trace)
         if kind is None:
             self.hashes = {self._names[slot]: writer.sha256 for slot, writer in self._writers.items()}
+
+    def _damage(self) -> Damaged | None:
+        """Compare what was read with what was sealed."""
+        for slot, reader in self._readers.items():
+            file_name = self._names[slot]
+            if reader.file_digest() != self._old.hashes[file_name]:
+                return Damaged(
+                    f"{self._old.folder / file_name} does not have the content it was sealed with",
+                    hint="roll back to a version that verifies",
+                )
+        return None
 
 
 def statistics_of(

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import pipeline, reconcile, reports, snapshots
-from streammerge.errors import NoSpace, Stopped, TryAgain
+from streammerge import pipeline, reconcile, recovery, reports, snapshots
+from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from streammerge.ledger import Row
     from streammerge.merging import Merge
@@ -50,8 +51,11 @@ def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], Non
         look_later(source.name, until - now())
 
 
-def check_served(merge: Merge) -> None:
-    """Before the first fold after a start: head and current must be, byte for byte, what was sealed."""
+def check_served(merge: Merge) -> list[Path]:
+    """Before the first fold after a start: head and current must be, byte for byte, what was sealed.
+
+    Gives the other versions, which are checked while there is nothing else to do.
+    """
     started = time.monotonic()
     wanted = {merge.head.path, snapshots.current(merge.store) or merge.head.path}
     for path in sorted(wanted):
@@ -61,6 +65,23 @@ def check_served(merge: Merge) -> None:
         versions=[path.name for path in sorted(wanted)],
         seconds=round(time.monotonic() - started, 3),
     )
+    return [path for path in snapshots.folders(merge.store.snapshots) if path not in wanted]
+
+
+def check_another(merge: Merge, unchecked: list[Path]) -> bool:
+    """Check one older version byte for byte; False if none is left. A damaged one is marked, not offered."""
+    if not unchecked:
+        return False
+    path = unchecked.pop()
+    version = str(int(path.name.split("-")[0]))
+    marked = {v: why for v, why in (merge.ledger.fact("damaged") or {}).items() if v != version}
+    try:
+        snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
+    except Damaged as exc:
+        if path.is_dir():  # else it was collected meanwhile
+            marked[version] = exc.message
+    recovery.mark_damaged(merge, marked)
+    return True
 
 
 def work_once(merge: Merge, sources: dict[str, Source]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,14 +123,16 @@ def parse_knobs(pairs: list[str]) -> dict[str, Any]:
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="A new folder for everything the demo makes.")] = Path(
-        "streammerge-demo"
-    ),
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="A new folder for all that the demo makes; streammerge-demo, -2, -3, …"),
+    ] = None,
 ) -> None:
     """Watch the real daemon fold seven fine-tunes, refuse a broken one, take a harmful one back. A minute."""
     from streammerge import demo as show
 
-    show.run(folder, console=out)
+    names = (Path("streammerge-demo" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    show.run(folder or next(path for path in names if not path.exists()), console=out)
 
 
 @app.command()

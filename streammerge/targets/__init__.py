@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from streammerge.config import ExecTarget
@@ -38,7 +39,7 @@ class Target(Protocol):
         """Return once the version is served; raise TryAgain otherwise."""
 
 
-def open_target(config: ExecTarget) -> Target:
-    """Make the target that a part of the configuration describes."""
+def open_target(config: ExecTarget, beat: Callable[[], None] = lambda: None) -> Target:
+    """Make the target that a part of the configuration describes; `beat` is called while it works."""
     module = importlib.import_module(f"{__name__}.{config.type}")
-    return cast("Target", module.open_target(config))
+    return cast("Target", module.open_target(config, beat))

@@ -12,6 +12,8 @@ from streammerge import programs
 from streammerge.errors import TryAgain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from streammerge.config import ExecTarget
     from streammerge.targets import Told
 
@@ -21,10 +23,11 @@ LATER = 75
 class Exec:
     """One command."""
 
-    def __init__(self, config: ExecTarget) -> None:
+    def __init__(self, config: ExecTarget, beat: Callable[[], None]) -> None:
         """Keep the configuration."""
         self.name = config.name
         self.config = config
+        self._beat = beat
 
     def tell(self, told: Told) -> None:
         """Run the command once."""
@@ -34,7 +37,7 @@ class Exec:
             "STREAMMERGE_DIGEST": told.digest,
             "STREAMMERGE_DELIVERY": told.delivery,
         }
-        code, output, errors = programs.run(self.config.argv, environment, self.config.timeout)
+        code, output, errors = programs.run(self.config.argv, environment, self.config.timeout, self._beat)
         if code == LATER:
             raise TryAgain(f"target {self.name} says later (exit 75)", hint="it is told again by itself")
         if code is None:
@@ -50,6 +53,6 @@ class Exec:
             )
 
 
-def open_target(config: ExecTarget) -> Exec:
+def open_target(config: ExecTarget, beat: Callable[[], None]) -> Exec:
     """Make the target."""
-    return Exec(config)
+    return Exec(config, beat)
