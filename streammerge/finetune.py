@@ -8,6 +8,7 @@ architectures.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +20,7 @@ from streammerge.plan import Plan, matches
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -37,6 +38,7 @@ QUANTISED_PARTS = (
     ".g_idx",
 )
 NAME_SHARE_OF_WRONG_BASE = 0.5
+MAX_PREFIX_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,12 @@ def fit(
     tolerance: Tolerance,
 ) -> Fit:
     """Match a fine-tune's weights with the base's by name and shape, or raise Refused with the reason."""
-    refuse_quantised(base, found, config)
     rename = common_prefix(base, found)
     sources = {theirs: name for name in found if (theirs := rename(name)) in base}
+    for second, first in plan.tied.items():  # one name of a tied pair is enough, whichever it is
+        if second in sources:
+            sources.setdefault(first, sources[second])
+    refuse_quantised(base, found, sources, config)
     floating = [name for name, entry in base.items() if entry.is_floating and name not in plan.tied]
     matched = [name for name in floating if name in sources]
     if len(matched) < NAME_SHARE_OF_WRONG_BASE * len(floating):
@@ -132,11 +137,8 @@ def fit(
         )
     refuse_shapes(base, found, sources)
     heads = tied_heads(base, found, sources, plan, rename)
-    extra = [
-        n
-        for n in found
-        if n not in sources.values() and n not in heads and not matches(n, tolerance.ignore_extra)
-    ]
+    taken = {*sources.values(), *heads}
+    extra = [name for name in found if name not in taken and not matches(name, tolerance.ignore_extra)]
     if extra:
         raise Refused(
             "unknown-weights",
@@ -154,10 +156,13 @@ def fit(
 
 
 def refuse_quantised(
-    base: Mapping[str, Entry], found: Mapping[str, Entry], config: Mapping[str, object]
+    base: Mapping[str, Entry],
+    found: Mapping[str, Entry],
+    sources: Mapping[str, str],
+    config: Mapping[str, object],
 ) -> None:
     """Raise Refused for weights stored in fewer bits than a float has."""
-    odd = [n for n, e in found.items() if e.dtype in QUANTISED_DTYPES and n in base and base[n].is_floating]
+    odd = [s for name, s in sources.items() if found[s].dtype in QUANTISED_DTYPES and base[name].is_floating]
     odd += [name for name in found if name.endswith(QUANTISED_PARTS) and name not in base]
     if odd or config.get("quantization_config"):
         what = f"{odd[0]} is" if odd else "config.json says the model is"
@@ -169,21 +174,27 @@ def refuse_quantised(
 
 
 def common_prefix(base: Mapping[str, Entry], found: Mapping[str, Entry]) -> Renaming:
-    """Find the one prefix that every weight's name has more, or less, in the fine-tune than in the base."""
-    plain = sum(name in base for name in found)
-    best = Renaming()
-    longest = max(base, key=len)
+    """Find the one prefix that the weights' names have more, or less, in the fine-tune than in the base.
+
+    Every name votes for each prefix that would make it match; the most common one wins if it fits more names
+    than no prefix at all.
+    """
+    votes: Counter[Renaming] = Counter()
     for name in found:
-        candidates = []
-        if name != longest and name.endswith("." + longest):
-            candidates.append(Renaming(drop=name[: -len(longest)]))
-        if name != longest and longest.endswith("." + name):
-            candidates.append(Renaming(add=longest[: -len(name)]))
-        for candidate in candidates:
-            hits = sum(candidate(other) in base for other in found)
-            if hits > plain:
-                plain, best = hits, candidate
-    return best
+        votes.update(Renaming(drop=prefix) for prefix, rest in splits(name) if rest in base)
+    for name in base:
+        votes.update(Renaming(add=prefix) for prefix, rest in splits(name) if rest in found)
+    votes[Renaming()] = sum(name in base for name in found)
+    return max(votes, key=lambda renaming: (votes[renaming], renaming == Renaming()))
+
+
+def splits(name: str) -> Iterator[tuple[str, str]]:
+    """Cut a dotted name after each dot."""
+    parts = name.split(".")
+    return (
+        (".".join(parts[:n]) + ".", ".".join(parts[n:]))
+        for n in range(1, min(len(parts), MAX_PREFIX_PARTS + 1))
+    )
 
 
 @dataclass(frozen=True)

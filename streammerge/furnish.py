@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge import files
-from streammerge.headers import PICKLES, WeightsSet, find
+from streammerge.headers import PICKLES, WeightsSet, find, read_json
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """Read config.json beside the weights; {} for a single file."""
-    path = base / "config.json"
-    return dict(json.loads(path.read_bytes())) if base.is_dir() and path.is_file() else {}
+    """Read config.json beside the weights, as data; {} for a single file. Raises Refused for anything else."""
+    return read_json(base / "config.json") if base.is_dir() else {}
 
 
 def furnish(

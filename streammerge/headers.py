@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_JSON_BYTES = 64 << 20
 MAX_NAME_CHARACTERS = 1024
 MAX_DIMENSIONS = 16
+MAX_FILE_NAME = 255
+LARGEST_SIZE = 1 << 64
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -78,7 +81,7 @@ def find(path: Path) -> WeightsSet:
     """
     if path.is_file():
         return WeightsSet((path,))
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     found = [name for name in names if name.endswith(".safetensors") and name not in SIDECARS]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if indexes:
@@ -118,10 +121,10 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
         raise Refused("malformed", f"{index_name} has no usable weight_map", hint="save the model again")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if shard != Path(shard).name or shard in {"", ".", ".."} or not shard.endswith(".safetensors"):
+        if shard != Path(shard).name or not shard.endswith(".safetensors") or not is_file_name(shard):
             raise Refused(
                 "malformed",
-                f"{index_name} names {shard!r}, which is not a .safetensors file beside it",
+                f"{index_name} names {shard[:80]!r}, which is not a .safetensors file beside it",
                 hint="an index may name only files of its own folder",
             )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -132,19 +135,21 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
     return WeightsSet(tuple(folder / shard for shard in shards))
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a stranger's word may stand for a file: printable, and no longer than file systems take."""
+    return name.isprintable() and len(name.encode()) <= MAX_FILE_NAME
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size, as data. An absent file reads as {}."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise Refused(
-                "malformed",
-                f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes",
-                hint="it is no model file",
-            )
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"no file, or larger than {MAX_JSON_BYTES:,} bytes")  # noqa: TRY301 -- worded below
         content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise Refused(
             "malformed", f"{path.name} is not readable JSON: {exc}", hint="save the model again"
         ) from exc
@@ -225,14 +230,22 @@ def _entry(name: str, raw: object, file: int, data_start: int) -> Entry:
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         raise ValueError(f"{name[:80]!r} is no usable name")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype!r}, which streammerge does not read")
-    whole = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in whole):
-        raise ValueError(f"{name} has an impossible shape or offset")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name[:80]} has dtype {str(dtype)[:20]!r}, which streammerge does not read")
+    if not _are_sizes(shape, range(MAX_DIMENSIONS + 1)) or not _are_sizes(offsets, range(2, 3)):
+        raise ValueError(f"{name[:80]} has an impossible shape or offset")
     start, stop = offsets
     if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(
             f"{name} claims {stop - start:,} bytes, its shape {shape} of {dtype} needs another number"
         )
     return Entry(name, dtype, tuple(shape), file, data_start + start, data_start + stop)
+
+
+def _are_sizes(numbers: object, lengths: range) -> bool:
+    """Whether this is a list of plain sizes, not negative and not absurd, of one of these lengths."""
+    return (
+        isinstance(numbers, list)
+        and len(numbers) in lengths
+        and all(type(number) is int and 0 <= number < LARGEST_SIZE for number in numbers)
+    )

@@ -27,7 +27,7 @@ POWER_TOLERANCE = 1e-9
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Sum of a * b in float64, over blocks of fixed size, whatever the number of threads."""
+    """Sum of a * b in float64, over blocks of fixed size: the same bits for the same number of threads."""
     a, b = a.reshape(-1), b.reshape(-1)
     if a.device.type != "cpu":
         blocks = [
@@ -76,10 +76,10 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_rank(s: Tensor, alpha: float) -> int:
-    """Count the leading singular values whose cumulative share of sum(s) is at most alpha."""
+    """Count the leading singular values whose cumulative share of sum(s) is at most alpha < 1: never all."""
     if not s.numel():
         return 0
-    return int((s.cumsum(0) <= alpha * s.sum()).sum())
+    return min(int((s.cumsum(0) <= alpha * s.sum()).sum()), s.numel() - 1)
 
 
 def statistics(delta: Tensor) -> tuple[float, float, float]:

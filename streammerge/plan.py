@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.headers import DTYPES, Entry
@@ -38,12 +39,12 @@ class Plan:
     kinds: Mapping[str, str]
     embedding: str = ""
 
-    @property
+    @cached_property
     def tied(self) -> dict[str, str]:
         """Second name -> the name under which the weight is folded."""
         return {name: kind.removeprefix(TIED) for name, kind in self.kinds.items() if kind.startswith(TIED)}
 
-    @property
+    @cached_property
     def merged(self) -> list[str]:
         """Names that are folded, tied ones once."""
         return [name for name, kind in self.kinds.items() if kind in (PROJECTED, ADDED)]

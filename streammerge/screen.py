@@ -6,6 +6,7 @@ of the ledger: who else is folded is told to it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from streammerge.errors import Refused
@@ -87,7 +88,7 @@ def judge(measured: Measured, *, max_delta_ratio: float, allow: Container[str] =
     if delta > max_delta_ratio * base and "implausible" not in allow:
         raise Refused(
             "implausible",
-            f"||delta|| = {delta:.4g} is {delta / base:.2f} x ||base||, "
+            f"||delta|| = {delta:.4g} is {delta / base if base else math.inf:.2f} x ||base||, "
             f"more than max_delta_ratio = {max_delta_ratio:g}",
             hint="a fine-tune moves its base by a few percent; check that it was trained from this base",
         )

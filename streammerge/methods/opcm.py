@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SLOTS = {"sum": torch.float32}
 WEIGHTED = False
 
+LARGEST_MULTIPLE = 1e30  # a sum that needs more of it than this is nothing beside the delta
+
 Alpha = Annotated[float, Ge(0.0), Lt(1.0)]
 Tail = Literal["scalar", "diagonal", "keep"]
 
@@ -83,6 +85,7 @@ def _block_step(running: Tensor, delta: Tensor, slots: Slots, alpha: float, *, r
     b = 0.0
     if remove_tail:
         b = (linalg.dot(delta, running) - linalg.dot(y, z)) / float(s[r:].square().sum())
+        b = b if abs(b) < LARGEST_MULTIPLE else 0.0
         core.diagonal().sub_(b)
     new = torch.add(delta, running, alpha=1.0 - b)
     return new.addmm_(vectors, core.float() @ z, alpha=-1.0)

@@ -52,7 +52,8 @@ class Directory:
     def look(self, known: Mapping[str, Known]) -> list[Sighting]:
         """Scan the folder once."""
         try:
-            entries = sorted(os.scandir(self.config.path), key=lambda entry: entry.name)
+            with os.scandir(self.config.path) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as exc:
             raise TryAgain(
                 f"source {self.name}: {self.config.path}: {exc.strerror}",
@@ -187,7 +188,8 @@ def _files_of(path: Path) -> list[Path]:
     """List the files directly in a folder; folders inside a fine-tune are not entered."""
     if not path.is_dir():
         return []
-    return sorted(path / entry.name for entry in os.scandir(path) if not entry.is_dir(follow_symlinks=False))
+    with os.scandir(path) as entries:
+        return sorted(path / entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
 
 
 def _fingerprint(path: Path) -> tuple[str, float]:
