@@ -16,12 +16,21 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from streammerge import finalize, linalg, methods, plan
-from streammerge.errors import ConfigError, Damaged, Refused
+from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
 from streammerge.furnish import read_config
 from streammerge.headers import CODES, Incomplete, WeightsSet, find
 from streammerge.methods import Arrival, Slots, Totals
 from streammerge.plan import Recipe
-from streammerge.state import STATISTICS, State, StateShard, combine, statistics_of, write_statistics
+from streammerge.state import (
+    ROLL_BACK,
+    STATISTICS,
+    Resident,
+    State,
+    StateShard,
+    combine,
+    statistics_of,
+    write_statistics,
+)
 from streammerge.weights import Weights, Writer, element_panels
 
 if TYPE_CHECKING:
@@ -94,10 +103,10 @@ class Engine:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         self.residency = residency
+        self._memory = torch.device("cpu") if residency == "host" else self.device
         self.beat = beat
         self.progress = progress
-        self._resident: dict[tuple[str, str], Tensor] = {}
-        self._resident_digest: str | None = None
+        self._resident = Resident()
 
     def open_base(self, path: Path, added: tuple[str, ...]) -> tuple[Recipe, float]:
         """Read a base once: its digest, the kind of every weight, its norm.
@@ -137,14 +146,15 @@ class Engine:
         Raises Refused for values that are not finite, Damaged where base or state differ from what they were.
         """
         measured = Measured()
-        resident, self._resident_digest = old.digest and self._resident_digest == old.digest, None
-        keep = self._keeps_state(recipe)
+        resident = self._resident if self._resident.holds(old) else None
         hashes: dict[str, str] = {}
-        with Weights(find(recipe.base), hashing=True) as base:
+        with self._open_base(recipe, hashing=True) as base:
+            keep = self._keeps_state(recipe, base)
+            self._resident.disown(forget=not keep and resident is None)
             for number, names in enumerate(plan.shards(base)):
                 merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
                 with StateShard(
-                    methods.load(recipe.method).SLOTS, old, out, number, merged, base, resident=bool(resident)
+                    methods.load(recipe.method).SLOTS, old, out, number, merged, base, resident
                 ) as shard:
                     for name in names:
                         if name in merged:
@@ -160,27 +170,41 @@ class Engine:
                 )
         totals = old.totals.after(measured.delta_norm, measured.state_norm, factor)
         hashes[STATISTICS] = write_statistics(old, out, measured.statistics, recipe.plan)
+        if keep:
+            self._resident.own(out)
         return State(out, hashes, totals), measured
 
     def keep(self, digest: str) -> None:
         """The state just folded was sealed under `digest`: what lies on the device belongs to it."""
-        self._resident_digest = digest if self._resident else None
+        self._resident.name(digest)
 
-    def _keeps_state(self, recipe: Recipe) -> bool:
-        """Decide whether the state stays in memory until the next fold; forget it otherwise."""
-        if self.residency == "auto":
-            with Weights(find(recipe.base)) as base:
-                needed = (
-                    4
-                    * sum(base.entries[n].elements for n in recipe.plan.merged)
-                    * len(methods.load(recipe.method).SLOTS)
-                )
-            keep = self.device.type == "cuda" and needed < 0.6 * torch.cuda.mem_get_info(self.device)[0]
-        else:
-            keep = self.residency in ("device", "host")
-        if not keep:
-            self._resident.clear()
-        return keep
+    def _open_base(self, recipe: Recipe, *, hashing: bool = False) -> Weights:
+        """Open the base of the store: not there now is TryAgain, another one is Damaged."""
+        try:
+            base = Weights(find(recipe.base), hashing=hashing)
+        except (OSError, Incomplete) as exc:
+            raise TryAgain(f"base {recipe.base} cannot be read: {exc}", hint="is it mounted?") from exc
+        except Refused as exc:
+            raise Damaged(f"base {recipe.base} cannot be read: {exc}", hint=RESTORE_BASE) from exc
+        if set(base.entries) != set(recipe.plan.kinds):
+            base.__exit__(None, None, None)
+            raise Damaged(
+                f"base {recipe.base} has other weights than the store was made with", hint=RESTORE_BASE
+            )
+        return base
+
+    def _keeps_state(self, recipe: Recipe, base: Weights) -> bool:
+        """Decide whether the state stays in memory until the next fold."""
+        if self.residency != "auto":
+            return self.residency in ("device", "host")
+        needed = (
+            4
+            * sum(base.entries[n].elements for n in recipe.plan.merged)
+            * len(methods.load(recipe.method).SLOTS)
+        )
+        return (
+            self.device.type == "cuda" and needed < SHARE_OF_DEVICE * torch.cuda.mem_get_info(self.device)[0]
+        )
 
     def _fold_weight(
         self,
@@ -214,51 +238,47 @@ class Engine:
                 )
             figures.append(statistics_of(delta.reshape(shape), kind, entry.shape, squares))
             slots = {
-                slot: shard.read(slot, name, start, stop, self._resident).to(self.device).reshape(shape)
+                slot: shard.read(slot, name, start, stop).to(self.device).reshape(shape)
                 for slot in method.SLOTS
             }
             arrived = Arrival(name, cast("methods.Kind", kind), delta.reshape(shape), digest, factor)
-            new = self._step(recipe, slots, arrived, squares, measured)
+            new = self._step(recipe, slots, shard.source, arrived, squares, measured)
             del delta, arrived
             for slot, values in new.items():
                 shard.write(slot, name, values)
                 if keep:
-                    self._remember(slot, name, start, entry.elements, values)
+                    self._resident.put(slot, name, start, entry.elements, values, self._memory)
         measured.statistics[name] = combine(figures)
 
     def _step(
-        self, recipe: Recipe, slots: Slots, arrival: Arrival, squares: float, measured: Measured
+        self, recipe: Recipe, slots: Slots, source: str, arrival: Arrival, squares: float, measured: Measured
     ) -> Slots:
-        """Run the method on one weight or panel and take the health figures."""
+        """Run the method on one weight or panel and take the health figures; `source` is where `slots` lay."""
         method = methods.load(recipe.method)
         first = next(iter(method.SLOTS))
         old = slots[first]
+        old_squares = linalg.dot(old, old)
+        if not math.isfinite(old_squares):
+            raise Damaged(f"{arrival.name} in {source} is NaN or infinite", hint=ROLL_BACK)
         prepare = getattr(method, "prepare", None)
         if prepare and arrival.kind == plan.PROJECTED and squares and bool(old.any()):
             slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
         new = method.fold(slots, arrival, **methods.accepted(method.fold, recipe.knobs))
         self.beat()
+        new_squares = linalg.dot(new[first], new[first])
+        if not math.isfinite(new_squares):
+            raise Refused("implausible", f"the sum of {arrival.name} leaves float32's range", hint=RETRAIN)
         measured.delta_squares += squares
-        measured.state_squares += linalg.dot(new[first], new[first])
+        measured.state_squares += new_squares
         if arrival.kind == plan.PROJECTED:
             step = new[first] - old
-            step_squares, old_squares = linalg.dot(step, step), linalg.dot(old, old)
+            step_squares = linalg.dot(step, step)
             measured.projected_squares += squares
             measured.step_squares += step_squares
             if step_squares > 0 and old_squares > 0:
                 share = abs(linalg.dot(step, old)) / math.sqrt(step_squares * old_squares)
                 measured.orthogonality = max(measured.orthogonality, share)
         return new
-
-    def _remember(self, slot: str, name: str, start: int, elements: int, values: Tensor) -> None:
-        """Keep a folded weight or panel in memory for the next fold, in place of the old one."""
-        where = torch.device("cpu") if self.residency == "host" else self.device
-        if start == 0 and values.numel() == elements:
-            self._resident[slot, name] = values.reshape(-1).to(where)
-            return
-        if (slot, name) not in self._resident:
-            self._resident[slot, name] = torch.empty(elements, device=where)
-        self._resident[slot, name][start : start + values.numel()] = values.reshape(-1).to(where)
 
     def render(
         self,
@@ -276,16 +296,16 @@ class Engine:
         hashes: dict[str, str] = {}
         squares = 0.0
         with ExitStack() as stack:
-            base = stack.enter_context(Weights(find(recipe.base)))
+            base = stack.enter_context(self._open_base(recipe))
             slots = self._open_slots(recipe, state, stack)
-            for number, names in enumerate(plan.shards(base)):
+            for number, names in enumerate(plan.shards(base, dtype)):
                 declared = [(n, self._served_dtype(base, n, dtype), base.entries[n].shape) for n in names]
                 with Writer(out / base.set.files[number].name, declared) as writer:
                     for name, code, _ in declared:
                         for values, part in self._rendered(recipe, base, slots, state.totals, finish, name):
                             squares += part
                             served = values.to(dtype=torch_dtype(code))
-                            if part and not bool(torch.isfinite(served).all()):
+                            if served.is_floating_point() and not bool(torch.isfinite(served).all()):
                                 raise Refused(
                                     "overflow", f"merged {name} does not fit into {code}", hint=LOWER_SCALE
                                 )
@@ -294,14 +314,17 @@ class Engine:
                 hashes[base.set.files[number].name] = writer.sha256
         return hashes, math.sqrt(squares)
 
-    def _open_slots(self, recipe: Recipe, state: State, stack: ExitStack) -> dict[str, Weights]:
-        """Open the state for reading at random; empty before the first fold."""
+    def _open_slots(self, recipe: Recipe, state: State, stack: ExitStack) -> dict[str, Weights | Resident]:
+        """Open the state for reading at random, in memory where the fold left it; nothing before the first fold."""
         if not state.has_slots():
             return {}
-        found = {}
+        found: dict[str, Weights | Resident] = {}
         for slot in methods.load(recipe.method).SLOTS:
-            shards = sorted(state.folder.glob(f"{slot}-*.safetensors"))
-            found[slot] = stack.enter_context(Weights(WeightsSet(tuple(shards))))
+            if self._resident.holds(state):
+                found[slot] = self._resident
+            else:
+                shards = sorted(state.folder.glob(f"{slot}-*.safetensors"))
+                found[slot] = stack.enter_context(Weights(WeightsSet(tuple(shards))))
         return found
 
     def _served_dtype(self, base: Weights, name: str, dtype: torch.dtype | None) -> str:
@@ -312,7 +335,7 @@ class Engine:
         self,
         recipe: Recipe,
         base: Weights,
-        slots: dict[str, Weights],
+        slots: dict[str, Weights | Resident],
         totals: Totals,
         finish: finalize.Finalize,
         name: str,
@@ -345,12 +368,11 @@ class Engine:
                 original = original.to(self.device, exact) + delta
             yield original, squares if name == folded else 0.0
 
-    def _slot(self, weights: Weights, slot: str, name: str, start: int, stop: int) -> Tensor:
-        """Read one slot of a weight from memory where the fold left it there, else from its file."""
-        kept = self._resident.get((slot, name))
-        if kept is not None:
-            return kept[start:stop].to(self.device)
-        return weights.read(name, start, stop).to(self.device)
+    def _slot(self, found: Weights | Resident, slot: str, name: str, start: int, stop: int) -> Tensor:
+        """Read one slot of a weight, flat."""
+        if isinstance(found, Resident):
+            return found.read(slot, name, start, stop).to(self.device)
+        return found.read(name, start, stop).to(self.device)
 
     def _pass(self, values: Tensor) -> Tensor:
         """Count what was read and give the caller's stop a chance."""
@@ -359,8 +381,10 @@ class Engine:
         return values
 
 
+SHARE_OF_DEVICE = 0.6  # of its free memory, which a resident state may take
 FULL_BASE = "use the full-precision model that the fine-tunes were made from"
 RESTORE_BASE = "put the original base back, or start a new store for the new base"
+RETRAIN = "a fine-tune moves its base by a few percent; check that it was trained from this base"
 LOWER_SCALE = "lower finalize.scale, or use a base in bf16 or f32"
 
 
@@ -368,7 +392,10 @@ def choose_device(name: str) -> torch.device:
     """Resolve `auto` to the first GPU or the CPU; raise ConfigError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigError(f"device {name} is none", hint="use auto, cpu, cuda or cuda:1") from exc
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {name} is not there: torch sees {torch.cuda.device_count()} GPUs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def read_config(base: Path) -> dict[str, Any]:
-    """Read config.json beside the weights, as data; {} for a single file. Raises Refused for anything else."""
+    """Read config.json beside the weights, as data; {} for a single file. Raises Refused for all else."""
     return read_json(base / "config.json") if base.is_dir() else {}
 
 
@@ -36,7 +35,7 @@ def furnish(
     """
     if base.is_dir():
         weights = {path.name for path in find(base).files}
-        for directory, folders, names in os.walk(base, followlinks=True):
+        for directory, folders, names in os.walk(base):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             target = out / Path(directory).relative_to(base)
             target.mkdir(exist_ok=True)
@@ -46,8 +45,14 @@ def furnish(
                     or PICKLES.match(name)
                     or name.endswith((".safetensors", ".safetensors.index.json"))
                 )
-                if not unwanted and name not in weights and name not in ("README.md", MARK):
-                    shutil.copyfile(Path(directory, name), target / name)
+                path = Path(directory, name)  # a link is followed, a pipe or a dead link left out
+                if (
+                    not unwanted
+                    and name not in weights
+                    and name not in ("README.md", MARK)
+                    and path.is_file()
+                ):
+                    shutil.copyfile(path, target / name)
         _write_index(base, out)
     if dtype is not None:
         _declare_dtype(out / "config.json", dtype)
@@ -61,23 +66,23 @@ def furnish(
 
 def _write_index(base: Path, out: Path) -> None:
     """Write the shard index anew: the base's map, the size as rendered."""
-    indexes = sorted(base.glob("*.safetensors.index.json"))
-    shards = find(base).files
-    if not indexes or len(shards) == 0:
+    found = find(base)
+    if not found.index:
         return
-    with Weights(WeightsSet(tuple(out / path.name for path in shards))) as rendered:
+    with Weights(WeightsSet(tuple(out / path.name for path in found.files))) as rendered:
         weight_map = {name: rendered.set.files[entry.file].name for name, entry in rendered.entries.items()}
         total = sum(entry.stop - entry.start for entry in rendered.entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / indexes[0].name).write_bytes(files.canonical_json(index))
+    (out / found.index).write_bytes(files.canonical_json(index))
 
 
 def _declare_dtype(path: Path, dtype: torch.dtype) -> None:
     """Correct config.json where it names the dtype of the weights."""
     if not path.is_file():
         return
-    config = json.loads(path.read_bytes())
-    for key in DTYPE_KEYS:
-        if key in config:
-            config[key] = str(dtype).removeprefix("torch.")
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in DTYPE_KEYS:
+            if key in part:
+                part[key] = str(dtype).removeprefix("torch.")
     path.write_bytes(files.canonical_json(config))

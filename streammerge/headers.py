@@ -71,6 +71,7 @@ class WeightsSet:
 
     files: tuple[Path, ...]
     is_adapter: bool = False
+    index: str = ""
 
 
 def find(path: Path) -> WeightsSet:
@@ -81,6 +82,10 @@ def find(path: Path) -> WeightsSet:
     """
     if path.is_file():
         return WeightsSet((path,))
+    if path.exists() and not path.is_dir():
+        raise Refused(
+            "malformed", f"{path.name} is no folder and no regular file", hint="give a model folder"
+        )
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     found = [name for name in names if name.endswith(".safetensors") and name not in SIDECARS]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
@@ -132,7 +137,7 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
         raise Incomplete(
             f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}", hint="copy the rest"
         )
-    return WeightsSet(tuple(folder / shard for shard in shards))
+    return WeightsSet(tuple(folder / shard for shard in shards), index=index_name)
 
 
 def is_file_name(name: str) -> bool:

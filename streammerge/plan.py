@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    import torch
+
     from streammerge.weights import Weights
 
 # Embeddings and heads: their rows belong to single tokens or classes, so OPCM adds them whole.
@@ -110,10 +112,15 @@ def idle_globs(base: Mapping[str, Entry], globs: Iterable[str]) -> list[str]:
     return [glob for glob in globs if not any(matches(name, [glob]) for name in base)]
 
 
-def shards(base: Weights) -> list[list[str]]:
+def shards(base: Weights, dtype: torch.dtype | None = None) -> list[list[str]]:
     """Give the names in each of the base's files, in the order in which they are processed and written.
 
+    With `dtype`, the order for floating-point weights that are written in it instead of their own.
     Larger items first, then as stored: so every weight stays aligned to its dtype in every file written.
     """
-    order = sorted(base.entries.values(), key=lambda e: (e.file, -DTYPES[e.dtype].itemsize, e.start))
+
+    def itemsize(entry: Entry) -> int:
+        return (dtype if dtype is not None and entry.is_floating else DTYPES[entry.dtype]).itemsize
+
+    order = sorted(base.entries.values(), key=lambda e: (e.file, -itemsize(e), e.start))
     return [[e.name for e in order if e.file == number] for number in range(len(base.set.files))]

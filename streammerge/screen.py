@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from streammerge.engine import RETRAIN
 from streammerge.errors import Refused
 from streammerge.finetune import FineTune, Tolerance
 from streammerge.furnish import MARK
@@ -90,5 +91,5 @@ def judge(measured: Measured, *, max_delta_ratio: float, allow: Container[str] =
             "implausible",
             f"||delta|| = {delta:.4g} is {delta / base if base else math.inf:.2f} x ||base||, "
             f"more than max_delta_ratio = {max_delta_ratio:g}",
-            hint="a fine-tune moves its base by a few percent; check that it was trained from this base",
+            hint=RETRAIN,
         )

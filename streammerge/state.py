@@ -15,11 +15,11 @@ import torch
 
 from streammerge import linalg, plan
 from streammerge.errors import Damaged, Refused
-from streammerge.headers import WeightsSet
+from streammerge.headers import Incomplete, WeightsSet
 from streammerge.weights import Weights, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streammerge.methods import Totals
 
 STATISTICS = "statistics.safetensors"
+ROLL_BACK = "roll back to a version that verifies"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,52 @@ class State:
         return self.totals.count > 0
 
 
+class Resident:
+    """A state kept in memory from one fold to the next, weight by weight in place of the older one."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._slots: dict[tuple[str, str], Tensor] = {}
+        self._folder: Path | None = None
+        self._digest = ""
+
+    def holds(self, state: State) -> bool:
+        """Whether what is kept is this state and no other, whole."""
+        return bool(self._slots) and (
+            state.folder == self._folder or (state.digest != "" and state.digest == self._digest)
+        )
+
+    def disown(self, *, forget: bool = False) -> None:
+        """From now on what is kept is a mixture, until `own`; or nothing at all."""
+        self._folder, self._digest = None, ""
+        if forget:
+            self._slots.clear()
+
+    def own(self, folder: Path) -> None:
+        """Everything kept belongs to the state in `folder`."""
+        self._folder = folder
+
+    def name(self, digest: str) -> None:
+        """The state owned was sealed under `digest`, wherever its folder goes."""
+        self._digest = digest if self._folder is not None else ""
+        self._folder = None
+
+    def read(self, slot: str, name: str, start: int, stop: int) -> Tensor:
+        """Give elements [start, stop) of one weight's slot, flat."""
+        return self._slots[slot, name][start:stop]
+
+    def put(
+        self, slot: str, name: str, start: int, elements: int, values: Tensor, where: torch.device
+    ) -> None:
+        """Keep a weight, or a panel of one, on a device."""
+        if start == 0 and values.numel() == elements:
+            self._slots[slot, name] = values.reshape(-1).to(where)
+            return
+        if (slot, name) not in self._slots:
+            self._slots[slot, name] = torch.empty(elements, device=where)
+        self._slots[slot, name][start : start + values.numel()] = values.reshape(-1).to(where)
+
+
 class StateShard:
     """The state of one of the base's files: read from the old state, written to the new one.
 
@@ -61,9 +108,9 @@ class StateShard:
         number: int,
         names: list[str],
         base: Weights,
-        *,
-        resident: bool,
+        resident: Resident | None,
     ) -> None:
+        """`names` are merged in this order; with `resident` the old values come from memory."""
         self.hashes: dict[str, str] = {}
         self._old, self._stack, self._resident = old, ExitStack(), resident
         self._names = {slot: f"{slot}-{number + 1:05d}.safetensors" for slot in slots} if names else {}
@@ -71,32 +118,26 @@ class StateShard:
         self._writers: dict[str, Writer] = {}
         try:
             for slot, file_name in self._names.items():
-                if old.has_slots() and not resident:
-                    self._readers[slot] = self._open(file_name)
                 declared = [(name, "F32", base.entries[name].shape) for name in names]
+                if old.has_slots() and resident is None:
+                    self._readers[slot] = self._stack.enter_context(open_sealed(old, file_name, declared))
                 self._writers[slot] = self._stack.enter_context(Writer(out / file_name, declared))
         except BaseException:
             self._stack.close()
             raise
 
-    def _open(self, file_name: str) -> Weights:
-        path = self._old.folder / file_name
-        try:
-            return self._stack.enter_context(Weights(WeightsSet((path,)), whole=True))
-        except (OSError, Refused) as exc:
-            raise Damaged(
-                f"{path} cannot be read: {exc}", hint="roll back to a version that verifies"
-            ) from exc
-
     def __enter__(self) -> Self:
         return self
 
-    def read(
-        self, slot: str, name: str, start: int, stop: int, resident: Mapping[tuple[str, str], Tensor]
-    ) -> Tensor:
+    @property
+    def source(self) -> str:
+        """Say where the old values come from."""
+        return ", ".join(str(self._old.folder / name) for name in self._names.values())
+
+    def read(self, slot: str, name: str, start: int, stop: int) -> Tensor:
         """Give the old values: from memory, from the old file, or zeros before the first fold."""
-        if self._resident:
-            return resident[slot, name][start:stop]
+        if self._resident is not None:
+            return self._resident.read(slot, name, start, stop)
         if slot in self._readers:
             return self._readers[slot].read(name, start, stop)
         return torch.zeros(stop - start)
@@ -108,23 +149,40 @@ class StateShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and (damage := self._damage()):
+        damage = (
+            next((d for slot in self._readers if (d := self._damage(slot))), None) if kind is None else None
+        )
+        if damage:
             self._stack.__exit__(Damaged, damage, None)  # so that the writers do not finish
             raise damage
         self._stack.__exit__(kind, error, trace)
         if kind is None:
             self.hashes = {self._names[slot]: writer.sha256 for slot, writer in self._writers.items()}
 
-    def _damage(self) -> Damaged | None:
-        """Compare what was read with what was sealed."""
-        for slot, reader in self._readers.items():
-            file_name = self._names[slot]
-            if reader.file_digest() != self._old.hashes[file_name]:
-                return Damaged(
-                    f"{self._old.folder / file_name} does not have the content it was sealed with",
-                    hint="roll back to a version that verifies",
-                )
+    def _damage(self, slot: str) -> Damaged | None:
+        return damage_of(self._readers[slot], self._old, self._names[slot])
+
+
+def open_sealed(
+    state: State, file_name: str, declared: Sequence[tuple[str, str, tuple[int, ...]]]
+) -> Weights:
+    """Open a file of a sealed state, to be read front to back; raises Damaged for another than was written."""
+    path = state.folder / file_name
+    try:
+        found = Weights(WeightsSet((path,)), whole=True)
+    except (OSError, Refused, Incomplete) as exc:
+        raise Damaged(f"{path} cannot be read: {exc}", hint=ROLL_BACK) from exc
+    if [(e.name, e.dtype, e.shape) for e in found.entries.values()] != list(declared):
+        found.__exit__(None, None, None)
+        raise Damaged(f"{path} does not hold the weights it was sealed with", hint=ROLL_BACK)
+    return found
+
+
+def damage_of(found: Weights, state: State, file_name: str) -> Damaged | None:
+    """Compare what was read with what was sealed."""
+    if found.file_digest() == state.hashes.get(file_name):
         return None
+    return Damaged(f"{state.folder / file_name} does not have the content it was sealed with", hint=ROLL_BACK)
 
 
 def statistics_of(
@@ -155,23 +213,15 @@ def write_statistics(
     old: State, out: Path, latest: Mapping[str, tuple[float, float, float]], kinds: plan.Plan
 ) -> str:
     """Append the latest fine-tune's figures: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
-    earlier: dict[str, Tensor] = {}
-    path = old.folder / STATISTICS
+    earlier = dict.fromkeys(kinds.merged, torch.empty(0, 3, dtype=torch.float64))
     if old.has_slots():
-        with Weights(WeightsSet((path,)), whole=True) as found:
+        declared = [(name, "F64", (old.totals.count, 3)) for name in kinds.merged]
+        with open_sealed(old, STATISTICS, declared) as found:
             earlier = {name: found.read(name) for name in found.entries}
-            if found.file_digest() != old.hashes[STATISTICS]:
-                raise Damaged(
-                    f"{path} does not have the content it was sealed with",
-                    hint="roll back to a version that verifies",
-                )
+            if damage := damage_of(found, old, STATISTICS):
+                raise damage
     rows = {
-        name: torch.cat(
-            [
-                earlier.get(name, torch.empty(0, 3, dtype=torch.float64)),
-                torch.tensor([latest[name]], dtype=torch.float64),
-            ]
-        )
+        name: torch.cat([earlier[name], torch.tensor([latest[name]], dtype=torch.float64)])
         for name in kinds.merged
     }
     with Writer(

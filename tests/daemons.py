@@ -5,10 +5,12 @@ its own, and waiting with a deadline. What a daemon logged is checked when it en
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +25,6 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
@@ -92,11 +93,7 @@ class Site:
 
     def __init__(self, root: Path, base: Mapping[str, Tensor] | None = None, **keys: Any) -> None:
         """Make a toy base, or save the tensors of the one given; `keys` are the configuration's."""
-        self.root = root
-        self.config = root / "streammerge.yaml"
-        self.store = root / "store"
-        self.inflow = root / "fine-tunes"
-        self.port = free_port()
+        self._take_place(root)
         self.keys: Facts = {}
         root.mkdir(parents=True, exist_ok=True)
         self.inflow.mkdir()
@@ -106,6 +103,21 @@ class Site:
             models.save(root / "base", base)
             self.base = base
         self.configure(**keys)
+
+    def copy(self, root: Path) -> Site:
+        """Copy everything, the store included, to a new folder."""
+        shutil.copytree(self.root, root, symlinks=True, ignore=shutil.ignore_patterns("*.log"))
+        other = copy.copy(self)
+        other._take_place(root)
+        other.configure(http={"listen": f"127.0.0.1:{other.port}"})
+        return other
+
+    def _take_place(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "streammerge.yaml"
+        self.store = root / "store"
+        self.inflow = root / "fine-tunes"
+        self.port = free_port()
 
     def configure(self, *, source: Mapping[str, Any] | None = None, **keys: Any) -> None:
         """Write the configuration; keys given earlier stay. `source` changes the one source `team`."""
@@ -252,6 +264,12 @@ class Daemon:
         """Send it a signal."""
         self.process.send_signal(number)
 
+    def reload(self, event: str = "config.reloaded") -> None:
+        """Have it read its configuration again; `event` is what it must log of that."""
+        before = len(self.events(event))
+        self.signal(signal.SIGHUP)
+        until(lambda: len(self.events(event)) > before, event)
+
     def stop(self, code: int | None = 0) -> None:
         """Tell it to stop, unless it has ended; check how it ended and what it logged."""
         if self.process.poll() is None:
@@ -281,7 +299,7 @@ class Daemon:
     def events(self, event: str = "") -> list[Facts]:
         """What it logged so far, one event or all of them."""
         lines = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        return [found for line in lines if not event or (found := json.loads(line))["event"] == event]
+        return [found for found in map(json.loads, lines) if event in ("", found["event"])]
 
     # Over HTTP
 
@@ -308,16 +326,11 @@ class Daemon:
         """State of every fine-tune by name."""
         return {name: row["state"] for name, row in self.rows().items()}
 
-    def until_state(self, seconds: float = DEADLINE_SECONDS, **wanted: str) -> dict[str, Facts]:
-        """Wait until the named fine-tunes are in the given states (`_` for `-`); gives all rows."""
-        names = {name.replace("_", "-"): state for name, state in wanted.items()}
-
-        def reached() -> bool:
-            states = self.states()
-            return all(states.get(name) == state for name, state in names.items())
-
+    def until_state(self, wanted: Mapping[str, str] | None = None, **more: str) -> dict[str, Facts]:
+        """Wait until the named fine-tunes are in the given states; gives all rows."""
+        states = {**(wanted or {}), **more}
         try:
-            until(reached, f"{names}", seconds)
+            until(lambda: self.states().items() >= states.items(), f"{states}")
         except AssertionError as exc:
             exc.add_note(f"but {self.states()}")
             raise

@@ -1,10 +1,15 @@
-"""Reading the project's documents: sections, tables, words in backticks, code blocks."""
+"""Reading the documents: sections, tables, words, code; and what of the code they are compared with."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from streammerge.cli.console import app
+from streammerge.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,10 +71,36 @@ def by_word(text: str, heading: str) -> dict[str, list[str]]:
 
 
 def code_lines(text: str) -> Iterator[str]:
-    """Give the lines of code blocks, fenced or indented, without a prompt and without a comment at the end."""
+    """Give the lines of code blocks, fenced or indented, without a prompt or a comment at the end."""
     is_fenced = False
     for line in text.splitlines():
         if line.startswith("```"):
             is_fenced = not is_fenced
         elif is_fenced or line.startswith("    "):
             yield re.sub(r"\s+#\s.*$", "", line.strip().removeprefix("$ "))
+
+
+def declared_metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Give our metrics under the names that are scraped, each with its type and labels."""
+    suffixes = {"counter": "_total", "info": "_info"}
+    registered: list[Any] = list(Metrics().registry._collector_to_names)
+    ours = [metric for metric in registered if getattr(metric, "_name", "").startswith("streammerge_")]
+    return {m._name + suffixes.get(m._type, ""): (m._type, m._labelnames) for m in ours}
+
+
+def commands() -> dict[str, Any]:
+    """Give every command that does something by its full name."""
+
+    def below(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        inner = getattr(command, "commands", {})
+        if name != "streammerge" and (not inner or command.invoke_without_command):
+            yield name, command
+        for word, sub in inner.items():
+            yield from below(sub, f"{name} {word}")
+
+    return dict(below(root_command(), "streammerge"))
+
+
+def root_command() -> Any:
+    """Give the command line as click sees it."""
+    return typer.main.get_command(app)

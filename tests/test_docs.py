@@ -12,16 +12,25 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 import torch
-import typer
 import yaml
-from documents import DOCS, PACKAGE, ROOT, by_word, first_words, section, table, words
+from documents import (
+    DOCS,
+    PACKAGE,
+    ROOT,
+    by_word,
+    commands,
+    declared_metrics,
+    first_words,
+    section,
+    table,
+    words,
+)
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from streammerge import config as configuration
 from streammerge import errors, ledger, methods, operations, screen
-from streammerge.cli import app
-from streammerge.metrics import DECISIONS, STAGES, Metrics
+from streammerge.metrics import DECISIONS, STAGES
 from streammerge.offline import ALLOWABLE
 from streammerge.server import Views, make_app
 from streammerge.targets import exec as exec_target
@@ -144,14 +153,7 @@ def test_every_metric_is_documented_with_its_type_and_labels() -> None:
     """docs/metrics.md has exactly the metrics that are declared, each with its type and its labels."""
     rows = by_word(section("metrics.md", "Metrics").split("\n## ")[0], "metric")
     documented = {name: (row[1], tuple(words(row[2]))) for name, row in rows.items()}
-    assert documented == Metrics().declared() if hasattr(Metrics, "declared") else declared()
-
-
-def declared() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Give our metrics as they are scraped: name, type, labels."""
-    suffixes = {"counter": "_total", "info": "_info"}
-    ours = [metric for metric in vars(Metrics()).values() if hasattr(metric, "_labelnames")]
-    return {m._name + suffixes.get(m._type, ""): (m._type, m._labelnames) for m in ours}
+    assert documented == declared_metrics()
 
 
 def test_every_decision_and_stage_is_documented() -> None:
@@ -162,3 +164,181 @@ def test_every_decision_and_stage_is_documented() -> None:
 
 
 # Commands
+
+
+def options(command: Any) -> set[str]:
+    """Give every spelling of a command's options."""
+    return {word for parameter in command.params for word in parameter.opts if word.startswith("-")}
+
+
+def test_every_command_and_option_is_documented() -> None:
+    """docs/commands.md has exactly the commands that there are, each with exactly its options."""
+    rows = by_word(section("commands.md", "Commands"), "command")
+    documented = {name: set(words(row[1])) for name, row in rows.items()}
+    assert documented == {name: options(command) - {"--config"} for name, command in commands().items()}
+
+
+def test_every_option_of_merge_is_explained() -> None:
+    """docs/commands.md has a row for each option of `streammerge merge` besides the folders and --json."""
+    rows = by_word(section("commands.md", "`streammerge merge`"), "option")
+    explained = {word.split()[0]: row for word, row in rows.items()}
+    assert set(explained) == options(commands()["streammerge merge"]) - {"--base", "--out", "--json"}
+    assert set(words(explained["--allow"][1])) == set(ALLOWABLE)
+    assert set(words(explained["--method"][1])) == set(methods.NAMES)
+
+
+def test_every_command_that_goes_through_the_ledger_is_said_to() -> None:
+    """docs/commands.md lists each verb that people leave in the ledger."""
+    text, _, _ = section("commands.md", "Commands that change the store").partition("are rows in the ledger")
+    listed = {verb for word in words(text) for verb in word.removeprefix("fine-tunes ").split(" | ")}
+    assert listed == set(operations.VERBS)
+
+
+def test_every_exit_code_is_documented() -> None:
+    """docs/commands.md has exactly the exit codes that errors have, and 0."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.StreammergeError)}
+    assert {int(code) for code in first_words(section("commands.md", "Exit codes"), "code")} == {0, *codes}
+
+
+# Logs, reasons, states, addresses
+
+
+def calls() -> Iterator[tuple[Path, ast.Call]]:
+    """Give every call in the package's source."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and node.args:
+                yield path, node
+
+
+def constants(node: ast.expr) -> set[str]:
+    """Give the strings in an expression, such as both of `"a" if x else "b"`."""
+    return {str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant)}
+
+
+def test_every_log_event_is_documented_with_its_level() -> None:
+    """docs/operate.md has exactly the events that the code logs, each with its level."""
+    logged = set()
+    for path, call in calls():
+        match call.func:
+            case ast.Attribute(value=ast.Name(id="log"), attr=level) if level in LOG_LEVELS:
+                events = constants(call.args[0])
+                assert events, f"{path.name}:{call.lineno}: the event is no constant"
+                logged |= {(event, "error" if level == "exception" else level) for event in events}
+    rows = by_word(section("operate.md", "Log events"), "event")
+    assert {(event, row[1]) for event, row in rows.items()} == logged
+
+
+def test_every_reason_is_documented() -> None:
+    """docs/refusals.md has exactly the screen's reasons, each with its state, its meaning and advice."""
+    rows = table(section("refusals.md", "Reasons"), "reason")
+    assert [words(row[0])[0] for row in rows] == list(screen.REASONS)
+    assert {row[1] for row in rows} <= set(ledger.FINE_TUNE_STATES)
+    assert all(row[2] and row[3] for row in rows)
+
+
+def test_every_refusal_in_the_code_has_a_documented_reason() -> None:
+    """No `Refused` is raised with a word that docs/refusals.md does not have."""
+    documented = set(first_words(section("refusals.md", "Reasons"), "reason"))
+    documented |= set(first_words(section("refusals.md", "Left out without a refusal"), "word"))
+    raised = [(path, call) for path, call in calls() if getattr(call.func, "id", "") == "Refused"]
+    assert raised
+    for path, call in raised:
+        assert constants(call.args[0]) <= documented, f"{path.name}:{call.lineno}"
+
+
+def test_every_state_is_documented() -> None:
+    """docs/commands.md has every state of a fine-tune, and names every state of a version."""
+    assert set(first_words(section("commands.md", "fine-tunes"), "state")) == set(ledger.FINE_TUNE_STATES)
+    row = by_word(section("commands.md", "history"), "key")["state"]
+    assert set(words(row[1])) == set(ledger.SNAPSHOT_STATES)
+
+
+def test_every_address_is_documented() -> None:
+    """docs/operate.md has exactly the addresses that the HTTP port answers."""
+    views: Any = [dict] * len(inspect.signature(Views).parameters)
+    answered = {getattr(route, "path", "") for route in make_app(Views(*views)).routes}
+    assert set(first_words(section("operate.md", "Is it well?"), "address")) == answered
+
+
+# A real store, against what is said of it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a store with one fine-tune in it; its configuration lies beside it."""
+    place = tmp_path_factory.mktemp("documented")
+    chance = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(8, 8, generator=chance) for name in ("a.weight", "b.weight")}
+    for name, step in (("base", 0.0), ("fine-tunes/one", 0.01)):
+        (place / name).mkdir(parents=True)
+        weights = {key: weight + step * torch.randn(8, 8, generator=chance) for key, weight in base.items()}
+        save_file(weights, place / name / "model.safetensors")
+    (place / "streammerge.yaml").write_text(
+        "base: ./base\nstore: ./store\nreserve: 1MB\n"
+        "sources: [{name: team, type: directory, path: ./fine-tunes, settle: 0s}]\n"
+        "targets: [{name: hook, type: exec, argv: ['true']}]\n",
+        encoding="utf-8",
+    )
+    ask(place, "run", "--once")
+    return place
+
+
+def ask(place: Path, *line: str) -> str:
+    """Run a command on the store and give what it printed."""
+    command = [sys.executable, "-m", "streammerge", *line, "-c", str(place / "streammerge.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", ["status", "history", "show head", "fine-tunes"])
+def test_every_key_of_the_json_is_documented(line: str, folder: Path) -> None:
+    """docs/commands.md has exactly the keys that `--json` prints."""
+    printed = json.loads(ask(folder, *line.split(), "--json"))
+    record = printed[-1] if isinstance(printed, list) else printed
+    title = line.removesuffix(" head")
+    documented = set(first_words(section("commands.md", title), "key"))
+    if title == "show":
+        documented |= set(first_words(section("commands.md", "history"), "key"))
+    assert documented == set(record)
+
+
+def test_the_parts_of_the_json_are_documented(folder: Path) -> None:
+    """What docs/commands.md says of a source, a target, the disk, totals and health is what is printed."""
+    status = json.loads(ask(folder, "status", "--json"))
+    rows = by_word(section("commands.md", "status"), "key")
+    assert set(status["sources"][0]) <= set(words(rows["sources"][1]))
+    assert set(status["targets"][0]) <= set(words(rows["targets"][1]))
+    assert set(status["disk"]) == set(words(rows["disk"][1]))
+    shown = json.loads(ask(folder, "show", "1", "--json"))
+    rows = by_word(section("commands.md", "show"), "key")
+    assert set(shown["totals"]) == set(words(rows["totals"][1]))
+    assert set(shown["health"]) == set(words(rows["health"][1]))
+    assert set(shown["fine_tunes"][0]) == set(words(rows["fine_tunes"][1]))
+
+
+def test_the_store_is_as_its_format_says(folder: Path) -> None:
+    """docs/store-format.md has exactly the keys of store.json and manifests, and the ledger's tables."""
+    store = folder / "store"
+    settings = json.loads((store / "store.json").read_text(encoding="utf-8"))
+    assert set(first_words(section("store-format.md", "store.json"), "key")) == set(settings)
+    manifest = json.loads((store / "current" / "manifest.json").read_text(encoding="utf-8"))
+    assert set(first_words(section("store-format.md", "manifest.json"), "key")) == set(manifest)
+    opened = ledger.Ledger(store / "ledger.db", read_only=True)
+    tables = {row["name"] for row in opened.rows("select name from sqlite_master where type = 'table'")}
+    opened.close()
+    assert set(first_words(section("store-format.md", "ledger.db"), "table")) == tables
+
+
+def test_every_fact_in_the_ledger_is_documented() -> None:
+    """docs/store-format.md names each fact that the code writes."""
+    written = {
+        fact
+        for _, call in calls()
+        if getattr(call.func, "attr", "") == "set_fact"
+        for fact in constants(call.args[0])
+    }
+    row = by_word(section("store-format.md", "ledger.db"), "table")["facts"]
+    assert set(words(row[1])) == written

@@ -249,7 +249,7 @@ def test_a_file_that_was_not_sealed_is_named(name: str, store: Store) -> None:
     "harm", ["edited", "missing", "empty", "not-json", "list", "renamed", "other-number"]
 )
 def test_an_edited_manifest_is_damage(harm: str, store: Store) -> None:
-    """A manifest that does not hash to its folder's name, or no manifest, is damage that names the folder."""
+    """A manifest that does not hash to its folder's name, or none, is damage that names the folder."""
     snapshot = accepted(store, 5)
     path, folder = opened(snapshot.path / "manifest.json"), snapshot.path
     if harm == "edited":

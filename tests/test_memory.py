@@ -1,0 +1,125 @@
+"""The memory of a fold: bounded by the largest projected weight, whatever the model's size and the number of folds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge
+
+MIB = 1 << 20
+BOUND_MIB = 160
+BOUND_WEIGHTS = 8
+GROWTH = 1.05
+NOISE_MIB = 4
+ROWS, COLUMNS = 256, 4096
+
+# Prints the peak resident set in MiB, once torch and safetensors are imported and after every fold and render.
+# Not ru_maxrss: that begins, across fork and exec, with what the test's own process takes.
+FOLDS = textwrap.dedent(
+    """
+    import json, pathlib, shutil, sys
+    import safetensors.torch, torch
+
+    def peak():
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+    peaks = [peak()]
+    root, folds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+
+    from dataclasses import replace
+    from streammerge import finalize, headers, methods, plan, screen, weights
+    from streammerge.engine import Engine
+    from streammerge.finetune import Tolerance
+    from streammerge.state import State
+
+    engine = Engine(device="cpu", threads=2, residency="disk")
+    found, _ = engine.open_base(root / "base", plan.DEFAULT_ADDED)
+    recipe = replace(found, method="opcm", knobs=methods.resolve("opcm", {}))
+    with weights.Weights(headers.find(root / "base")) as base:
+        entries = base.entries
+    state = State(root / "state-0", {}, methods.Totals())
+    for number in range(1, folds + 1):
+        for name in (f"state-{number}", "model"):
+            shutil.rmtree(root / name, ignore_errors=True)
+            (root / name).mkdir()
+        path = root / f"ft{number % 2}"
+        with screen.examine(path, entries, recipe.plan, Tolerance()) as finetune:
+            state, _ = engine.fold(recipe, finetune, "", 1.0, state, root / f"state-{number}")
+            finetune.finish()
+        engine.render(recipe, state, finalize.Finalize(), root / "model")
+        shutil.rmtree(root / f"state-{number - 1}", ignore_errors=True)
+        peaks.append(peak())
+    print(json.dumps(peaks))
+    """
+)
+
+
+def make_models(root: Path, matrices: int, vocabulary: int) -> None:
+    """Save a bf16 base and two fine-tunes: an embedding of `vocabulary` rows, and matrices of 2 MiB each."""
+    for seed, name in enumerate(("base", "ft0", "ft1")):
+        random = torch.Generator().manual_seed(0)
+        noise = torch.Generator().manual_seed(seed)
+        shapes = {"model.embed_tokens.weight": (vocabulary, 1024)}
+        shapes |= {f"model.layers.{i}.weight": (ROWS, COLUMNS) for i in range(matrices)}
+        tensors = {}
+        for weight, shape in shapes.items():
+            values = torch.randn(shape, generator=random).mul_(0.02)
+            if seed:
+                values += torch.randn(shape, generator=noise).mul_(0.001)
+            tensors[weight] = values.bfloat16()
+        (root / name).mkdir()
+        save_file(tensors, root / name / "model.safetensors")
+
+
+def peaks(root: Path, folds: int) -> list[float]:
+    """Fold in a process of its own; MiB above idle after every fold."""
+    ended = subprocess.run(
+        [sys.executable, "-c", FOLDS, str(root), str(folds)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        cwd=Path(streammerge.__file__).parents[1],
+    )
+    assert ended.returncode == 0, ended.stderr
+    idle, *found = json.loads(ended.stdout)
+    return [peak - idle for peak in found]
+
+
+def bound() -> float:
+    """What a fold may take above idle, in MiB."""
+    return BOUND_MIB + BOUND_WEIGHTS * ROWS * COLUMNS * 4 / MIB
+
+
+def test_a_fold_takes_what_its_largest_weight_takes(tmp_path: Path) -> None:
+    """Folding into a model of 64 MiB peaks at 160 MiB + 8 x the largest projected weight at most, above idle."""
+    make_models(tmp_path, matrices=24, vocabulary=8192)
+    first, second, third = peaks(tmp_path, 3)
+    assert third <= bound(), (first, second, third)
+    assert third <= second * GROWTH + NOISE_MIB, (first, second, third)
+
+
+@pytest.mark.slow
+def test_the_twelfth_fold_takes_what_the_second_took(tmp_path: Path) -> None:
+    """In one process that folds twelve times the peak does not grow after the second, within 5 %."""
+    make_models(tmp_path, matrices=24, vocabulary=8192)
+    found = peaks(tmp_path, 12)
+    assert found[11] <= bound(), found
+    assert found[11] <= found[1] * GROWTH + NOISE_MIB, found
+
+
+@pytest.mark.slow
+def test_a_large_embedding_streams_through(tmp_path: Path) -> None:
+    """An embedding of 200 MiB in a model with the same matrices does not raise the bound."""
+    make_models(tmp_path, matrices=4, vocabulary=102_400)
+    found = peaks(tmp_path, 2)
+    assert found[1] <= bound(), found
