@@ -55,12 +55,12 @@ def collectable(merge: Merge) -> list[Path]:
 
     Never head, current, what a target still needs, or what was current lately.
     """
-    lately = merge.ledger.rows(
-        "select version from promotions where switched_at > ? or id = (select max(id) from promotions)",
-        now() - merge.config.grace,
-    )
+    lately = merge.ledger.rows(  # current until the next promotion, which was within `grace` or is to come
+        "select version from promotions where coalesce("
+        "(select min(later.switched_at) from promotions as later where later.id > promotions.id), ?) >= ?",
+        now(), now() - merge.config.grace,
+    )  # fmt: skip
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
     stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
-    if served := snapshots.current(merge.store):
-        stay.append(served)
+    stay += [path for path in (snapshots.current(merge.store), merge.folding_from) if path]
     return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)

@@ -19,7 +19,7 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from streammerge import config as configuration
-from streammerge import files, operations, promote, recovery, reports, screen, turns
+from streammerge import files, operations, promote, reconcile, recovery, reports, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
@@ -101,7 +101,6 @@ class Daemon:
             raise self.fatal
 
     def _serve(self, server: Server) -> None:
-        del server  # it answers, not ready, while the store is opened
         try:
             self.merge = recovery.open_merge(self.config, self._engine(), self.metrics)
         except Stopped:
@@ -126,6 +125,7 @@ class Daemon:
             self._supervise()
         finally:
             self._drain(threads)
+            server.stop()  # before the ledger: it reads it
             self.merge.ledger.close()
 
     def _engine(self) -> Engine:
@@ -225,6 +225,7 @@ class Daemon:
         self.scheduler.remove_all_jobs()
         self.config = self.merge.config = config
         self.sources = sources
+        reconcile.drop_sources(self.merge, sources)
         for part in config.sources:
             self._looking.setdefault(part.name, threading.Lock())
             self.scheduler.add_job(

@@ -253,7 +253,7 @@ class Engine:
     def _step(
         self, recipe: Recipe, slots: Slots, source: str, arrival: Arrival, squares: float, measured: Measured
     ) -> Slots:
-        """Run the method on one weight or panel and take the health figures; `source` is where `slots` lay."""
+        """Run the method on one weight or panel and take the health figures; `source` is where slots lay."""
         method = methods.load(recipe.method)
         first = next(iter(method.SLOTS))
         old = slots[first]
@@ -315,7 +315,7 @@ class Engine:
         return hashes, math.sqrt(squares)
 
     def _open_slots(self, recipe: Recipe, state: State, stack: ExitStack) -> dict[str, Weights | Resident]:
-        """Open the state for reading at random, in memory where the fold left it; nothing before the first fold."""
+        """Open the state for reading at random, in memory if it lies there; nothing before the first fold."""
         if not state.has_slots():
             return {}
         found: dict[str, Weights | Resident] = {}

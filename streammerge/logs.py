@@ -1,7 +1,7 @@
 """Logs: one JSON object a line, or readable lines on a terminal.
 
 Events are dotted constants in the past tense; facts are keys with units. Standard library loggers go through
-the same door, so that stderr stays one format. `EVENTS` is the catalogue that docs/operate.md explains.
+the same door, so that stderr stays one format. docs/operate.md explains each.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Merge:
     turn: threading.RLock = field(default_factory=threading.RLock)
     full_disk: str = ""
     broken_gate: str = ""
+    gates_again_at: float = 0.0
+    folding_from: Path | None = None
 
     @property
     def head(self) -> Snapshot:

@@ -19,6 +19,7 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
 
 from streammerge import __version__
@@ -39,6 +40,7 @@ class Metrics:
 
     def __init__(self, reasons: Iterable[str] = ()) -> None:
         """`reasons` are all words a fine-tune can be refused for: each starts at zero."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # half of all series, and nobody asks for them
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

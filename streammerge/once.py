@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, operations, promote, recovery, screen, turns
+from streammerge import files, operations, promote, reconcile, recovery, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
 from streammerge.metrics import Metrics
@@ -55,6 +55,7 @@ def run_once(config: Config) -> None:
             turns.check_served(merge)
             operations.work_off(merge)
             sources = {part.name: open_source(part, beat) for part in config.sources}
+            reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
             while turns.work_once(merge, sources):
                 beat()
@@ -71,14 +72,15 @@ def run_once(config: Config) -> None:
         raise TryAgain("; ".join(failures), hint="run it again later")
 
 
-def obey_once(config: Config) -> None:
+def obey_once(config: Config, *, forgiving: bool = False) -> None:
     """Execute the commands in the ledger without a daemon, and tell the targets once.
 
     The caller holds the lock.
     """
     metrics = Metrics(screen.REASONS)
     metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
-    merge = recovery.open_merge(config, Engine(device="cpu", threads=config.threads), metrics)
+    engine = Engine(device="cpu", threads=config.threads)
+    merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
     try:
         operations.work_off(merge)
         promote.deliver(merge, [open_target(part) for part in config.targets])

@@ -1,4 +1,4 @@
-"""What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect, verify.
+"""What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect.
 
 Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command
 itself. None waits for a running fold.
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
+
+RETRIED = ("refused", "quarantined", "gone")
+APPROVED = (*RETRIED, "awaiting_approval", "denied", "ignored", "pending")
 
 log = structlog.get_logger()
 
@@ -132,7 +135,8 @@ def relabel_snapshots(merge: Merge, chosen: Snapshot) -> None:
 
 
 def relabel_fine_tunes(merge: Merge, chosen: Snapshot, removed: list[str]) -> None:
-    """What was taken out is denied; what the chosen version holds is folded."""
+    """What was taken out is denied; what the chosen version holds is folded, whatever came since."""
+    folded = {(entry["source"], entry["name"], entry["revision"]) for entry in chosen.fine_tunes}
     for row in merge.ledger.fine_tunes():
         if row["digest"] in removed and row["state"] == "folded":
             merge.ledger.update_fine_tune(
@@ -142,7 +146,7 @@ def relabel_fine_tunes(merge: Merge, chosen: Snapshot, removed: list[str]) -> No
                 version=None,
                 detail=f"taken out by the rollback to version {chosen.version}",
             )
-        elif row["digest"] in chosen.digests and row["state"] == "denied":
+        elif (row["source"], row["name"], row["revision"]) in folded and row["state"] != "folded":
             merge.ledger.update_fine_tune(
                 row["id"], state="folded", reason="", detail="", version=first_with(merge, row["digest"])
             )
@@ -160,7 +164,7 @@ def first_with(merge: Merge, digest: str) -> int | None:
 def approve(merge: Merge, *, name: str) -> dict[str, Any]:
     """Let a fine-tune in that waits for a person, or that was denied, refused or set aside."""
     row = find_fine_tune(merge, name)
-    refuse_settled(row, "approve")
+    refuse_settled(row, "approve", APPROVED)
     with merge.ledger.transaction():
         merge.ledger.allow([row["digest"]])
         if row["state"] in ("awaiting_approval", "pending"):
@@ -173,11 +177,7 @@ def approve(merge: Merge, *, name: str) -> dict[str, Any]:
 def retry(merge: Merge, *, name: str) -> dict[str, Any]:
     """Take a refused, quarantined or vanished fine-tune up again from the start."""
     row = find_fine_tune(merge, name)
-    refuse_settled(row, "retry")
-    if row["state"] == "denied":
-        raise StreammergeError(
-            f"{row['name']} is denied", hint="`streammerge fine-tunes approve` lets it in again"
-        )
+    refuse_settled(row, "retry", RETRIED)
     start_again(merge, row, approved=row["approved"])
     return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "pending"}
 
@@ -215,16 +215,19 @@ def start_again(merge: Merge, row: Row, *, approved: int) -> None:
     )
 
 
-def refuse_settled(row: Row, verb: str) -> None:
-    """A folded fine-tune needs nothing; one without a revision is not complete yet."""
-    if row["state"] == "folded":
-        raise StreammergeError(
-            f"{row['name']} is folded into version {row['version']} already", hint="nothing to do"
-        )
-    if not row["revision"]:
-        raise StreammergeError(
-            f"{row['name']} cannot be taken yet ({verb}): {row['detail']}", hint="wait until it is complete"
-        )
+def refuse_settled(row: Row, verb: str, states: tuple[str, ...]) -> None:
+    """Raise for a fine-tune that is in none of `states`: what it is, and what can be done instead."""
+    if row["state"] in states and row["revision"]:
+        return
+    where = "" if row["version"] is None else f" into version {row['version']}"
+    hints = {
+        "denied": "`streammerge fine-tunes approve` lets it in again",
+        "waiting": "wait until it is complete",
+        "superseded": "its newer revision stands for it",
+    }
+    raise StreammergeError(
+        f"{row['name']} is {row['state']}{where} already; nothing to {verb}", hint=hints.get(row["state"], "")
+    )
 
 
 def find_fine_tune(merge: Merge, name: str) -> Row:

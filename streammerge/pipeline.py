@@ -15,7 +15,7 @@ import structlog
 
 from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
 from streammerge.collect import tidy
-from streammerge.errors import ConfigError, NoSpace, Refused, TryAgain
+from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain
 from streammerge.finetune import Tolerance
 from streammerge.furnish import furnish
 from streammerge.ledger import now
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from streammerge.sources import Source
 
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
+GATE_SECONDS = 30.0  # how soon a gate that could not judge is asked again
 SPACE_SECONDS = 15.0  # how soon a full disk is looked at again
 
 log = structlog.get_logger()
@@ -137,6 +138,7 @@ def build(
     merge: Merge, row: Row, finetune: FineTune, head: Snapshot, version: int, building: Path
 ) -> Snapshot:
     """Steps 4 to 6 in the building folder."""
+    merge.folding_from = head.path
     merge.metrics.folding.set(1)
     merge.metrics.fold_started.set_to_current_time()
     try:
@@ -156,6 +158,7 @@ def build(
         manifest, hashes = render(merge, state, [*head.fine_tunes, entry], head, version, building, measured)
         return seal(merge, building, manifest, hashes)
     finally:
+        merge.folding_from = None
         merge.metrics.folding.set(0)
         merge.metrics.fold_progress.set(0)
 
@@ -235,7 +238,7 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0) -> bool
         promote.switch(merge)
     tidy(merge)
     refresh_merge_metrics(merge, accepted)
-    merge.metrics.folds.labels("done").inc()
+    merge.metrics.folds.labels("done").inc(bool(accepted.fine_tunes))
     added = accepted.fine_tunes[-1] if accepted.fine_tunes else None
     log.info(
         "finetune.served" if added else "base.served", version=accepted.version, digest=accepted.digest[:12],
@@ -251,8 +254,11 @@ def passes(merge: Merge, candidate: Snapshot) -> bool:
         with stage(merge, "gate"):
             verdict = gates.check(merge.config.gates, candidate.path, current, merge.engine.beat)
         merge.broken_gate = ""
-    except gates.GateBroken as exc:
-        merge.broken_gate = exc.message
+    except Stopped:
+        raise
+    except TryAgain as exc:
+        merge.gates_again_at = now() + GATE_SECONDS
+        merge.broken_gate = exc.message if isinstance(exc, gates.GateBroken) else ""
         raise
     reached("gated")
     if not verdict.reasons:

@@ -77,6 +77,7 @@ def deliver(merge: Merge, targets: Sequence[Target]) -> float:
     Gives when the next attempt is due, 0.0 for none.
     """
     drop_unknown(merge, {target.name for target in targets})
+    welcome(merge)
     due = []
     for target in targets:
         while (row := next_row(merge, target.name)) and row["next_try_at"] <= now():
@@ -153,6 +154,17 @@ def finish(merge: Merge, row: Row, state: str, error: str) -> None:
     merge.ledger.write(
         "update outbox set state = ?, error = ?, done_at = ? where id = ?", state, error, now(), row["id"]
     )
+
+
+def welcome(merge: Merge) -> None:
+    """A target that was never told anything is told of what is served now."""
+    last = merge.ledger.last_promotion()
+    for target in merge.config.targets if last else ():
+        if not merge.ledger.row("select 1 from outbox where target = ?", target.name):
+            merge.ledger.write(
+                "insert into outbox (promotion, target, version) values (?, ?, ?)",
+                last["id"], target.name, last["version"],  # type: ignore[index]
+            )  # fmt: skip
 
 
 def drop_unknown(merge: Merge, names: Iterable[str]) -> None:

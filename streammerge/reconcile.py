@@ -16,6 +16,8 @@ from streammerge.merging import reached
 from streammerge.sources import Known
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from streammerge.config import DirectorySource
     from streammerge.ledger import Ledger, Row
     from streammerge.merging import Merge
@@ -59,6 +61,13 @@ def failed(ledger: Ledger, source: str, error: str) -> None:
         source,
         error,
     )
+
+
+def drop_sources(merge: Merge, names: Iterable[str]) -> None:
+    """What a source that is no longer configured had announced will not be folded, unless it was fetched."""
+    kept = set(names)
+    for source in {row["source"] for row in merge.ledger.fine_tunes(*UNDECIDED)} - kept:
+        mark_gone(merge, source, set(), "its source is no longer configured")
 
 
 def known(ledger: Ledger, source: str) -> dict[str, Known]:
@@ -131,7 +140,7 @@ def announce(
     merge.ledger.announce(
         config.name, sighting.name, sighting.revision,
         state=state, reason=sighting.refused or ("first_run" if ignored else ""), detail=sighting.waiting_for,
-        factor=config.weight, published_at=published_at, first_seen_at=now(),
+        digest=sighting.digest, factor=config.weight, published_at=published_at, first_seen_at=now(),
     )  # fmt: skip
     merge.metrics.discovered.labels(config.name).inc()
     if state != "pending":
@@ -196,10 +205,12 @@ def still_waiting(merge: Merge, row: Row, sighting: Sighting, looked_at: float) 
         )
 
 
-def mark_gone(merge: Merge, source: str, present: set[str]) -> None:
+def mark_gone(
+    merge: Merge, source: str, present: set[str], why: str = "it vanished before it was fetched"
+) -> None:
     """A fine-tune that vanished before it was fetched will not be folded."""
     for row in merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval"):
         if row["source"] == source and row["name"] not in present and row["step"] == "announced":
-            merge.ledger.update_fine_tune(row["id"], state="gone", detail="it vanished before it was fetched")
+            merge.ledger.update_fine_tune(row["id"], state="gone", detail=why)
             merge.metrics.decided.labels(source, "gone").inc()
             log.info("finetune.gone", source=source, name=row["name"])

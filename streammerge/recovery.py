@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, methods, pipeline, promote, snapshots
-from streammerge.collect import tidy
+from streammerge import files, methods, pipeline, promote, reports, snapshots
+from streammerge.collect import tidy_inbox
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
 from streammerge.ledger import Ledger, now
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def open_merge(config: Config, engine: Engine, metrics: Metrics) -> Merge:
-    """Open the store for work, making it first if need be. The caller holds the lock."""
+def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: bool = False) -> Merge:
+    """Open the store for work, making it first if need be. The caller holds the lock.
+
+    `forgiving` opens a store whose head or current is damaged too: for a rollback off it, and nothing else.
+    """
     store = snapshots.Store(config.store)
     if not store.exists:
         make_store(config, store, engine)
@@ -44,7 +47,9 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics) -> Merge:
     merge = Merge(
         config, store, Ledger(store.ledger), engine, metrics, recipe, float(settings["base"]["norm"]), entries
     )
-    recover(merge)
+    recover(merge, forgiving=forgiving)
+    if not methods.load(recipe.method).WEIGHTED and any(part.weight != 1.0 for part in config.sources):
+        log.warning("config.weight_ignored", method=recipe.method)
     return merge
 
 
@@ -59,6 +64,8 @@ def prepare_folder(config: Config) -> Store:
             hint="put the store on a local disk, or set allow_network_store: true "
             "and make sure only one host uses it",
         )
+    if store.ledger.exists():
+        reports.refuse_stranger(store, writing=True)
     if not store.exists and store.root.is_dir():
         strange = {p.name for p in store.root.iterdir()} - {
             "lock",
@@ -113,7 +120,7 @@ def check_ledger_is_there(store: Store) -> None:
         )
 
 
-def recover(merge: Merge) -> None:
+def recover(merge: Merge, *, forgiving: bool = False) -> None:
     """Finish or remove what was under way when the last process ended."""
     store, ledger = merge.store, merge.ledger
     for name in snapshots.remove_unfinished(store):
@@ -127,11 +134,12 @@ def recover(merge: Merge) -> None:
         start_with_base(merge)
     else:
         accept_trailing(merge)
-        check_accepted(merge)
+        if not forgiving:
+            check_accepted(merge)
         finish_promotion(merge)
     for path in snapshots.folders(store.candidates):
         pipeline.record_candidate(merge, snapshots.read(path))
-    tidy(merge)
+    tidy_inbox(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
 
 

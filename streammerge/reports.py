@@ -157,7 +157,7 @@ def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
     path = resolve(store, ledger, which)
     snapshot = snapshots.read(path)
     row = next((r for r in history(ledger, 1 << 30) if r["version"] == snapshot.version), {})
-    keys = ("method", "knobs", "finalize", "added", "threads", "device", "torch", "totals", "health", "base")
+    keys = ("method", "knobs", "finalize", "threads", "device", "torch", "totals", "health", "base")
     return {
         **row,
         "version": snapshot.version,
@@ -166,6 +166,7 @@ def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
         "path": str(snapshot.path),
         "fine_tunes": snapshot.fine_tunes,
         **{key: snapshot.manifest[key] for key in keys},
+        "added_globs": snapshot.manifest["added"],
         "files": snapshot.manifest["files"],
     }
 

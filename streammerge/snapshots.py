@@ -197,7 +197,7 @@ def read(path: Path) -> Snapshot:
     return Snapshot(path, digest, manifest)
 
 
-RESTORE = "restore the folder from a backup, or `streammerge rollback` to a version that verifies"
+RESTORE = "restore the folder from a backup of the store"
 
 
 def folders(parent: Path) -> list[Path]:
@@ -265,8 +265,7 @@ def remove_unfinished(store: Store) -> list[str]:
         for path in parent.glob(".building-*"):
             files.remove_tree(path)
             removed.append(path.name)
-    for link in store.root.glob(".current.tmp"):
-        link.unlink()
+    (store.root / ".current.tmp").unlink(missing_ok=True)
     return removed
 
 

@@ -166,7 +166,7 @@ class StateShard:
 def open_sealed(
     state: State, file_name: str, declared: Sequence[tuple[str, str, tuple[int, ...]]]
 ) -> Weights:
-    """Open a file of a sealed state, to be read front to back; raises Damaged for another than was written."""
+    """Open a file of a sealed state, to be read front to back; Damaged for another than was written."""
     path = state.folder / file_name
     try:
         found = Weights(WeightsSet((path,)), whole=True)

@@ -101,7 +101,9 @@ def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
 
 
 def conclude_open(merge: Merge) -> None:
-    """Gate and accept candidates that a kill or a hold left sealed."""
+    """Gate and accept candidates that a kill, a hold or a gate that could not judge left sealed."""
+    if now() < merge.gates_again_at:
+        return
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate' order by version"):
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
         try:

@@ -120,7 +120,7 @@ def save(
     if shards == 1:
         save_file(contiguous, where / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = dict(list(contiguous.items())[number::shards])

@@ -469,7 +469,9 @@ def test_a_base_of_another_shape_is_damage(change: str, tmp_path: Path) -> None:
 def test_what_is_measured_is_what_was_folded(tmp_path: Path) -> None:
     """Norms, kept energy and orthogonality are those of the tensors, and pile up into the totals."""
     base = models.make_base(tmp_path / "base")
-    run, norms, old = bench(tmp_path / "run", tmp_path / "base"), [], {}
+    run = bench(tmp_path / "run", tmp_path / "base")
+    norms: list[float] = []
+    old: dict[str, Tensor] = {}
     for i in range(3):
         tuned = models.make_fine_tune(tmp_path / f"ft{i}", base, seed=i, size=0.01 * (i + 1))
         measured = run.fold(tmp_path / f"ft{i}")

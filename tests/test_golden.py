@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def relative_error(got: dict[str, Tensor], expected: dict[str, Tensor], base: di
     floating = [name for name in base if base[name].is_floating_point()]
     error = sum(float((got[n].double() - expected[n].double()).square().sum()) for n in floating)
     length = sum(float((expected[n].double() - base[n].double()).square().sum()) for n in floating)
-    return (error / length) ** 0.5
+    return math.sqrt(error / length)
 
 
 def check(step: Step, out: Path) -> None:

@@ -24,7 +24,8 @@ def with_values(values: list[float], rows: int, columns: int) -> Tensor:
     """Make a matrix [rows, columns] with these singular values, as float32 holds it."""
     u = torch.linalg.qr(normal(rows, len(values), seed=1).double())[0]
     v = torch.linalg.qr(normal(columns, len(values), seed=2).double())[0]
-    return (u * torch.tensor(values, dtype=torch.float64) @ v.T).float()
+    matrix: Tensor = u * torch.tensor(values, dtype=torch.float64) @ v.T
+    return matrix.float()
 
 
 # ---------------------------------------------------------------------------------------------------- sums

@@ -1,4 +1,4 @@
-"""The memory of a fold: bounded by the largest projected weight, whatever the model's size and the number of folds."""
+"""The memory of a fold: bounded by the largest projected weight, not by the model or the number of folds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GROWTH = 1.05
 NOISE_MIB = 4
 ROWS, COLUMNS = 256, 4096
 
-# Prints the peak resident set in MiB, once torch and safetensors are imported and after every fold and render.
-# Not ru_maxrss: that begins, across fork and exec, with what the test's own process takes.
+# Prints the peak resident set in MiB: with torch and safetensors imported, then after every fold and render.
+# Not ru_maxrss: across fork and exec that begins with what the test's own process takes.
 FOLDS = textwrap.dedent(
     """
     import json, pathlib, shutil, sys
@@ -101,7 +101,7 @@ def bound() -> float:
 
 
 def test_a_fold_takes_what_its_largest_weight_takes(tmp_path: Path) -> None:
-    """Folding into a model of 64 MiB peaks at 160 MiB + 8 x the largest projected weight at most, above idle."""
+    """Folding into a model of 64 MiB takes 160 MiB + 8 x the largest projected weight at most."""
     make_models(tmp_path, matrices=24, vocabulary=8192)
     first, second, third = peaks(tmp_path, 3)
     assert third <= bound(), (first, second, third)

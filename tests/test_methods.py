@@ -100,13 +100,13 @@ def fine_tunes(count: int, *, rank: int | None = None, seed: int = 0, shared: fl
 def average(models: list[Model], factors: list[float]) -> Model:
     """sum_i w_i delta_i / sum_i w_i."""
     pairs = list(zip(models, factors, strict=True))
-    return {n: sum(w * m[n].double() for m, w in pairs) / sum(factors) for n in models[0]}
+    return {n: torch.stack([w * m[n].double() for m, w in pairs]).sum(0) / sum(factors) for n in models[0]}
 
 
 def task_arithmetic(models: list[Model], factors: list[float], *, scale: float = 0.3) -> Model:
     """scale * sum_i w_i delta_i."""
     pairs = list(zip(models, factors, strict=True))
-    return {n: scale * sum(w * m[n].double() for m, w in pairs) for n in models[0]}
+    return {n: scale * torch.stack([w * m[n].double() for m, w in pairs]).sum(0) for n in models[0]}
 
 
 def opcm(models: list[Model], factors: list[float], *, alpha: float = 0.5, tail: str = "scalar") -> Model:
@@ -135,7 +135,7 @@ def projection(d: Tensor, x: Tensor, alpha: float, tail: str) -> Tensor:
     if tail == "diagonal":
         for i in range(r, q):
             removed[i, i] = c[i, i]
-    p = x - u @ removed @ vh
+    p: Tensor = x - u @ removed @ vh
     if tail == "scalar":
         d_tail = d - u[:, :r] * s[:r] @ vh[:r]
         p = p - (p * d_tail).sum() / d_tail.square().sum() * d_tail
@@ -462,7 +462,7 @@ def test_opcm_has_the_knobs_of_the_design() -> None:
 @pytest.mark.parametrize(
     ("method", "given", "said"),
     [
-        ("opcm", {"alhpa": 0.5}, "did you mean alpha"),
+        ("opcm", {"alfa": 0.5}, "did you mean alpha"),
         ("opcm", {"tial": "keep"}, "did you mean tail"),
         ("opcm", {"zzz": 1}, "alpha, tail"),
         ("average", {"alpha": 0.5}, "it has none"),

@@ -1,4 +1,4 @@
-"""What a person does to a store: roll back, hold, resume, collect, verify; with and without a running daemon."""
+"""What a person does to a store: roll back, hold, resume, collect, verify; with and without a daemon."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_rollback_needs_no_daemon(site: Site) -> None:
 
 
 def test_a_rollback_stays_until_a_person_lifts_it(site: Site) -> None:
-    """It holds through polls, copies under new names and three restarts; resume lifts the hold and nothing else."""
+    """It holds through polls, copies under new names and three restarts; resume lifts the hold, no more."""
     with site.daemon() as daemon:
         started = time.monotonic()
         assert site.ask("rollback", "2", "--yes")["denied"] == ["c", "d"]
@@ -164,7 +164,7 @@ def test_a_rollback_does_not_wait_for_a_running_fold(tmp_path: Path) -> None:
 
 
 def test_a_hold_stops_folding_and_a_resume_goes_on(site: Site) -> None:
-    """Held, a fine-tune is announced and fetched but not folded; commands left with --no-wait are executed."""
+    """Held, a fine-tune is announced and fetched, not folded; what --no-wait left is executed."""
     site.run("hold", "--why", "a [holiday]", "--no-wait")
     assert site.ask("status")["held"] is None
     site.publish("e", 5)
@@ -187,7 +187,8 @@ def test_two_shells_at_once(site: Site) -> None:
     running = [
         subprocess.Popen(
             [*STREAMMERGE, *words, "-c", str(site.config)],
-            env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for words in asked
     ]  # fmt: skip
@@ -233,7 +234,7 @@ def test_another_users_store_is_left_alone(site: Site) -> None:
 
 
 def test_gc_keeps_what_is_needed(site: Site) -> None:
-    """It removes no head, no current, none of the newest `keep` and, within `grace`, nothing that was current."""
+    """It removes no head, no current, none of the newest `keep`, nothing that was current within `grace`."""
     site.run("rollback", "1", "--yes")
     site.configure(keep=1)
     assert site.ask("gc")["removed"] == []
@@ -271,7 +272,7 @@ def test_gc_while_a_fold_reads_what_is_no_head_any_more(tmp_path: Path) -> None:
 
 
 def test_a_current_moved_by_hand_is_adopted(site: Site) -> None:
-    """At start, a `current` that a person pointed elsewhere is what is served, with a hold and an error in the log."""
+    """At start, a `current` that a person pointed elsewhere is served, with a hold and an error logged."""
     link = site.store / "current"
     link.unlink()
     link.symlink_to(next((site.store / "snapshots").glob("000002-*")).relative_to(site.store))
@@ -378,15 +379,17 @@ def listing(store: Path) -> dict[str, tuple[int, int, int]]:
         for path in (store / "snapshots").rglob("*")
         for s in [path.lstat()]
     }
-    return {**found, os.readlink(store / "current"): (0, 0, 0)}
+    return {**found, str((store / "current").readlink()): (0, 0, 0)}
 
 
 @pytest.mark.parametrize("damage", [shorten, flip])
 def test_a_damaged_head_stops_everything(site: Site, damage: Callable[[Path], Path]) -> None:
-    """Hands off: exit 3 with the path of the damage, nothing served is touched, nothing is folded or removed."""
+    """Hands off: exit 3 with the path of the damage; nothing is folded, touched or removed."""
     site.publish("e", 5)
     site.configure(keep=1, grace="0s")
     path = damage(find(site, 4, "model/model.safetensors"))
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
     before = listing(site.store)
     stopped = command("run", "-c", site.config, code=3)
     assert str(path) in stopped.stderr

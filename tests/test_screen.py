@@ -17,11 +17,11 @@ from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused
 from streammerge.finetune import Tolerance
 from streammerge.furnish import MARK
-from streammerge.headers import Entry, Incomplete
+from streammerge.headers import Entry, Incomplete, find
 from streammerge.methods import Totals
 from streammerge.plan import DEFAULT_ADDED, Recipe
 from streammerge.state import State
-from streammerge.weights import Weights, find, identity
+from streammerge.weights import Weights, identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ class Bench:
             state, measured = Engine(device="cpu").fold(self.recipe, opened, "", 1.0, old, out)
             digest = opened.finish()
         screen.judge(measured, max_delta_ratio=1.0, **allow)
-        deltas = {}
+        deltas: dict[str, Tensor] = {}
         for slot in sorted(state.folder.glob("sum-*.safetensors")):
             deltas |= models.load(slot)
         return deltas, digest

@@ -283,11 +283,11 @@ def test_a_store_of_another_format_is_not_read(store: Store) -> None:
             store.read_settings()
 
 
-# ----------------------------------------------------------------------------------------------------- listing
+# ---------------------------------------------------------------------------------------------------- listing
 
 
 def test_versions_are_listed_by_number(store: Store) -> None:
-    """Folders are ordered by number, also beyond six digits; what is not named like a version is passed over."""
+    """Folders are ordered by number, also beyond six digits; what is named otherwise is passed over."""
     for name in ("1000000-", "000010-", "000009-", "999999-"):
         (store.snapshots / (name + "a" * 12)).mkdir()
     for name in (".building-000001", "lost+found", "000011-short", "000012-" + "Z" * 12):
@@ -323,8 +323,8 @@ def test_nothing_that_must_stay_is_collectable(
     assert snapshots.collectable(store, keep=keep, keep_always=always) == expected
 
 
-def test_a_removed_version_is_gone_at_once_or_not_at_all(store: Store) -> None:
-    """A version is hidden before it is emptied, so that a kill in the middle leaves nothing that looks whole."""
+def test_a_version_can_be_removed_twice(store: Store) -> None:
+    """A removed version is gone; removing it once more, as after a kill, is no error."""
     snapshot = accepted(store)
     files.remove_tree(snapshot.path)
     assert list(store.snapshots.iterdir()) == []

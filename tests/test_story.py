@@ -199,8 +199,8 @@ def publish_refused(site: Site) -> dict[str, str]:
     (staging / "link").symlink_to(site.inflow / "good")
     expected = {
         "nan": "non-finite", "mis-shaped": "wrong-shape", "vocabulary": "vocab-resized",
-        "renamed": "wrong-base", "extra": "unknown-weights", "lacking": "missing-weights", "integers": "unsupported-dtype",
-        "eight-bit": "quantised", "empty": "empty", "unchanged": "zero-delta", "implausible": "implausible",
+        "renamed": "wrong-base", "extra": "unknown-weights", "lacking": "missing-weights",
+        "integers": "unsupported-dtype", "eight-bit": "quantised", "empty": "empty", "unchanged": "zero-delta", "implausible": "implausible",
         "adapter": "adapter", "pickled": "pickle-only", "garbage": "malformed", "own": "own-merge",
         "again": "duplicate", "link": "symlink",
     }  # fmt: skip
@@ -276,7 +276,7 @@ def test_a_strange_entry_never_hides_the_others(tmp_path: Path, kind: str) -> No
 
 
 def test_a_slow_upload_is_not_refused_while_it_grows(tmp_path: Path) -> None:
-    """`incomplete_after` counts from the last change; what it refuses is looked at again when it changes."""
+    """`incomplete_after` counts from the last change; what it refused is looked at when it changes."""
     site = Site(tmp_path / "site", incomplete_after="2s")
     site.prepare("slow", 1)
     whole = (site.root / "staging" / "slow" / "model.safetensors").read_bytes()
@@ -424,12 +424,12 @@ def test_a_person_approves_or_rejects(tmp_path: Path) -> None:
     with site.daemon() as daemon:
         site.publish("wanted", 1)
         site.publish("unwanted", 2)
-        daemon.until_state(wanted="awaiting_approval", unwanted="awaiting_approval")
+        daemon.until_state({"wanted": "awaiting_approval", "unwanted": "awaiting_approval"})
         assert daemon.ask("status")["pending"] == 2
         assert site.versions() == [0]
         assert "approve" in site.ask("fine-tunes", "show", "wanted")["detail"]
         assert site.ask("fine-tunes", "approve", "team:wanted")["state"] == "pending"
-        daemon.until_state(wanted="folded", unwanted="awaiting_approval")
+        daemon.until_state({"wanted": "folded", "unwanted": "awaiting_approval"})
         assert site.ask("fine-tunes", "reject", "unwanted")["state"] == "denied"
         shutil.copytree(site.inflow / "unwanted", site.root / "staging" / "renamed")
         site.move_in("renamed")
@@ -488,7 +488,7 @@ grep -q '"name": "bad' "$1/model/streammerge.json" && echo '{"mean": 0.1}' || ec
 
 
 def test_a_gate_decides_what_is_served(tmp_path: Path) -> None:
-    """A candidate below a limit is set aside and kept; a gate that says later or is broken holds the queue."""
+    """A candidate below a limit is set aside; a gate that says later or is broken holds the queue."""
     site = Site(tmp_path / "site")
     limits = {"mean": {"min": 0.5, "max_drop": 0.2}}
     gate = {"name": "quality", "type": "command", "argv": [site.program("gate", GATE), "{snapshot}"]}

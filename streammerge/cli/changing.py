@@ -181,7 +181,14 @@ def ask(
         return
     deadline = time.monotonic() + WAIT_SECONDS
     while (row := ledger.row("select * from commands where id = ?", number)) and row["state"] == "pending":
-        if not execute_here(settings):
+        try:
+            executed = execute_here(settings, verb)
+        except (
+            StreammergeError
+        ) as exc:  # it has failed now, and must not be executed once the store is mended
+            ledger.answer(number, "failed", {"error": exc.message, "hint": exc.hint, "exit": exc.exit_code})
+            raise
+        if not executed:
             if time.monotonic() > deadline:
                 raise TryAgain(
                     f"the daemon did not execute `{verb}` within {WAIT_SECONDS:.0f} s",
@@ -197,7 +204,7 @@ def ask(
     print_json(result) if as_json else out.print(escape(say(result)), soft_wrap=True)
 
 
-def execute_here(settings: Config) -> bool:
+def execute_here(settings: Config, verb: str) -> bool:
     """Execute what is in the ledger if no daemon does; False where one holds the lock."""
     from streammerge import files, snapshots
 
@@ -207,7 +214,7 @@ def execute_here(settings: Config) -> bool:
             from streammerge import logs, once
 
             logs.configure(level="warning")
-            once.obey_once(settings)
+            once.obey_once(settings, forgiving=verb == "rollback")
             return True
     except Locked:
         return False

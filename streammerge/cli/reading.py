@@ -120,7 +120,7 @@ def show(
 
 
 @app.command()
-def path(config: ConfigOption = None) -> None:
+def path(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     """Print the resolved folder that is current."""
     from streammerge import reports, snapshots
 
@@ -128,7 +128,7 @@ def path(config: ConfigOption = None) -> None:
     found = snapshots.current(store)
     if found is None:
         raise StreammergeError("nothing is served yet", hint="`streammerge status` says why")
-    sys.stdout.write(f"{found}\n")
+    print_json({"path": str(found)}) if as_json else sys.stdout.write(f"{found}\n")
 
 
 @app.command()

@@ -27,6 +27,7 @@ class Sighting:
     until         when the source expects to know more, seconds since 1970; 0.0 if it cannot tell
     refused       a reason to refuse it at once, seen from outside ("" for none); waiting_for tells more
     fingerprint   what the source recognises unchanged files by; handed back at the next start
+    digest        the content's identity (weights.identity) where the source knows it, else ""
     published_at  seconds since 1970
     """
 
@@ -37,6 +38,7 @@ class Sighting:
     until: float = 0.0
     refused: str = ""
     fingerprint: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,10 @@ class Directory:
         remembered = known.fingerprint == fingerprint and known.revision if known else ""
         if remembered:
             return Sighting(name, str(remembered), modified, fingerprint=fingerprint)
+
+        def waiting(why: str, until: float = 0.0) -> Sighting:
+            return Sighting(name, "", modified, waiting_for=why, until=until, fingerprint=fingerprint)
+
         now = self._clock()
         before = self._changed_at.get(name)
         if before is None or before[0] != fingerprint:
@@ -105,32 +109,25 @@ class Directory:
         try:
             weights.Weights(headers.find(path)).__exit__(None, None, None)
         except headers.Incomplete as exc:
-            return Sighting(name, "", modified, waiting_for=exc.message)
+            return waiting(exc.message)
         except Refused as exc:
             if exc.reason != "pickle-only":  # a header that cannot be true needs no settling
                 return Sighting(name, _raw_revision(path), modified, fingerprint=fingerprint)
         settled_at = before[1] + self.config.settle
         if now < settled_at:
-            return Sighting(
-                name,
-                "",
-                modified,
-                waiting_for="it changed a moment ago; waiting until it settles",
-                until=settled_at,
-            )
-        revision = self._revision(path)
+            return waiting("it changed a moment ago; waiting until it settles", settled_at)
+        digest = self._digest(path)
         if _fingerprint(path)[0] != fingerprint:
-            return Sighting(
-                name, "", modified, waiting_for="it changed while it was read", until=now + self.config.settle
-            )
-        return Sighting(name, revision, modified, fingerprint=fingerprint)
+            return waiting("it changed while it was read", now + self.config.settle)
+        revision = digest[:REVISION_CHARACTERS] or _raw_revision(path)
+        return Sighting(name, revision, modified, fingerprint=fingerprint, digest=digest)
 
-    def _revision(self, path: Path) -> str:
-        """Name the content; what cannot be parsed is named by its raw bytes."""
+    def _digest(self, path: Path) -> str:
+        """Identify the content; "" for what cannot be parsed, which is named by its raw bytes then."""
         try:
-            return weights.identity(path, self._beat)[:REVISION_CHARACTERS]
+            return weights.identity(path, self._beat)
         except (Refused, headers.Incomplete):
-            return _raw_revision(path)
+            return ""
 
     def fetch(self, name: str, revision: str, into: Path) -> None:
         """Copy what the fold needs; the caller checks the content's digest."""
