@@ -145,6 +145,7 @@ class Engine:
 
         Raises Refused for values that are not finite, Damaged where base or state differ from what they were.
         """
+        self._settle_threads()
         measured = Measured()
         resident = self._resident if self._resident.holds(old) else None
         hashes: dict[str, str] = {}
@@ -293,6 +294,7 @@ class Engine:
         Returns the sha256 of every file by name and the norm of the merged delta. Raises Refused where a
         weight does not fit into the base's dtype.
         """
+        self._settle_threads()
         hashes: dict[str, str] = {}
         squares = 0.0
         with ExitStack() as stack:
@@ -373,6 +375,14 @@ class Engine:
         if isinstance(found, Resident):
             return found.read(slot, name, start, stop).to(self.device)
         return found.read(name, start, stop).to(self.device)
+
+    def _settle_threads(self) -> None:
+        """Use the agreed number of threads in this thread too.
+
+        OpenMP keeps the number for each calling thread, and LAPACK's results depend on it: without this a
+        fold in a worker thread would give other bits than one in the main thread.
+        """
+        torch.set_num_threads(self.threads)
 
     def _pass(self, values: Tensor) -> Tensor:
         """Count what was read and give the caller's stop a chance."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import Damaged
+from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 FINE_TUNE_STATES = (
@@ -29,53 +29,52 @@ BUSY_SECONDS = 30.0
 Row = dict[str, Any]
 
 
-def m001_first(connection: sqlite3.Connection) -> None:
-    """Create the tables of the first release."""
-    connection.executescript("""
-        create table fine_tunes (
-            id integer primary key,
-            source text not null, name text not null, revision text not null,
-            state text not null, reason text not null default '', detail text not null default '',
-            digest text not null default '', version integer, factor real not null default 1.0,
-            published_at real not null, first_seen_at real not null, updated_at real not null,
-            approved integer not null default 0, attempts integer not null default 0,
-            next_try_at real not null default 0,
-            step text not null default 'announced',
-            unique (source, name, revision)
-        ) strict;
-        create index fine_tunes_by_state on fine_tunes (state);
-        create table snapshots (
-            version integer primary key, digest text not null, parent text,
-            state text not null, count integer not null, added text not null, removed text not null,
-            sealed_at real not null, accepted_at real, promoted_at real, note text not null default ''
-        ) strict;
-        create table promotions (
-            id integer primary key, version integer not null, digest text not null, cause text not null,
-            intended_at real not null, switched_at real
-        ) strict;
-        create table outbox (
-            id integer primary key, promotion integer not null references promotions (id),
-            target text not null, version integer not null,
-            state text not null default 'pending', attempts integer not null default 0,
-            next_try_at real not null default 0, error text not null default '', done_at real,
-            unique (promotion, target)
-        ) strict;
-        create table denied (digest text primary key, at real not null, why text not null) strict;
-        create table commands (
-            id integer primary key, verb text not null, arguments text not null, asked_at real not null,
-            state text not null default 'pending', result text not null default '', finished_at real
-        ) strict;
-        create table sightings (
-            source text not null, name text not null, fingerprint text not null, revision text not null,
-            first_seen_at real not null, primary key (source, name)
-        ) strict, without rowid;
-        create table sources (name text primary key, state text not null, error text not null default '',
-            last_success_at real, primed integer not null default 0) strict;
-        create table facts (name text primary key, value text not null) strict;
-    """)
+# One string a migration; each runs in a transaction together with the number that records it.
+M001_FIRST = """
+create table fine_tunes (
+    id integer primary key,
+    source text not null, name text not null, revision text not null,
+    state text not null, reason text not null default '', detail text not null default '',
+    digest text not null default '', version integer, factor real not null default 1.0,
+    published_at real not null, first_seen_at real not null, updated_at real not null,
+    approved integer not null default 0, attempts integer not null default 0,
+    next_try_at real not null default 0,
+    step text not null default 'announced',
+    unique (source, name, revision)
+) strict;
+create index fine_tunes_by_state on fine_tunes (state);
+create table snapshots (
+    version integer primary key, digest text not null, parent text,
+    state text not null, count integer not null, added text not null, removed text not null,
+    sealed_at real not null, accepted_at real, promoted_at real, note text not null default ''
+) strict;
+create table promotions (
+    id integer primary key, version integer not null, digest text not null, cause text not null,
+    intended_at real not null, switched_at real
+) strict;
+create table outbox (
+    id integer primary key, promotion integer not null references promotions (id),
+    target text not null, version integer not null,
+    state text not null default 'pending', attempts integer not null default 0,
+    next_try_at real not null default 0, error text not null default '', done_at real,
+    unique (promotion, target)
+) strict;
+create table denied (digest text primary key, at real not null, why text not null) strict;
+create table commands (
+    id integer primary key, verb text not null, arguments text not null, asked_at real not null,
+    state text not null default 'pending', result text not null default '', finished_at real
+) strict;
+create table sightings (
+    source text not null, name text not null, fingerprint text not null, revision text not null,
+    first_seen_at real not null, primary key (source, name)
+) strict, without rowid;
+create table sources (name text primary key, state text not null, error text not null default '',
+    last_success_at real, primed integer not null default 0) strict;
+create table facts (name text primary key, value text not null) strict;
+"""
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_first,)
+MIGRATIONS = (M001_FIRST,)
 
 
 def now() -> float:
@@ -115,6 +114,10 @@ class Ledger:
                 self._db.execute("pragma synchronous = full")
                 self._db.execute("pragma foreign_keys = on")
                 self._migrate()
+            elif self._version() == 0:
+                raise ConfigError(
+                    f"the store at {path.parent} is still being made", hint="try again in a moment"
+                )
             self._db.execute("select count(*) from facts").fetchone()
         except sqlite3.DatabaseError as exc:
             raise Damaged(
@@ -122,10 +125,11 @@ class Ledger:
             ) from exc
 
     def _migrate(self) -> None:
-        (done,) = self._db.execute("pragma user_version").fetchone()
-        for number, migration in enumerate(MIGRATIONS[done:], done + 1):
-            migration(self._db)
-            self._db.execute(f"pragma user_version = {number}")
+        for number, migration in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
+            self._db.executescript(f"begin immediate; {migration} pragma user_version = {number}; commit;")
+
+    def _version(self) -> int:
+        return int(self._db.execute("pragma user_version").fetchone()[0])
 
     def close(self) -> None:
         """Close the database; the last writer's leaves no -wal file behind."""

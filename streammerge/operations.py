@@ -33,8 +33,7 @@ def work_off(merge: Merge) -> int:
     asked = merge.ledger.asked()
     for row in asked:
         try:
-            result = VERBS[row["verb"]](merge, **json.loads(row["arguments"]))
-            merge.ledger.answer(row["id"], "done", result)
+            result = execute(merge, row)
             log.info("command.done", verb=row["verb"], **result)
         except Damaged:
             raise
@@ -44,6 +43,25 @@ def work_off(merge: Merge) -> int:
             )
             log.warning("command.failed", verb=row["verb"], error=exc.message)
     return len(asked)
+
+
+def execute(merge: Merge, row: Row) -> dict[str, Any]:
+    """Carry out one command and its answer in one transaction: killed anywhere, it was done once or not yet.
+
+    Collecting removes files as it goes and may be done twice, so it is no transaction. `current` moves after
+    the intent is durable, never before.
+    """
+    arguments = json.loads(row["arguments"])
+    with merge.turn:
+        if row["verb"] == "gc":
+            result = gc(merge)
+            merge.ledger.answer(row["id"], "done", result)
+        else:
+            with merge.ledger.transaction():
+                result = VERBS[row["verb"]](merge, **arguments)
+                merge.ledger.answer(row["id"], "done", result)
+        promote.switch(merge)
+    return result
 
 
 def hold(merge: Merge, *, why: str = "") -> dict[str, Any]:
@@ -65,22 +83,18 @@ def resume(merge: Merge) -> dict[str, Any]:
 def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     """Make an older version head and current, deny what was folded after it, and hold.
 
-    One transaction, then one rename. Rolling to a version that holds denied digests lets those in again.
+    Rolling to a version that holds denied digests lets those in again.
     """
-    ledger = merge.ledger
-    with merge.turn:
-        old = merge.head
-        chosen = choose(merge, old, version)
-        removed = [digest for digest in old.digests if digest not in chosen.digests]
-        with ledger.transaction():
-            ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
-            ledger.allow(chosen.digests)
-            ledger.set_fact("head", chosen.path.name)
-            ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
-            relabel_snapshots(merge, chosen)
-            relabel_fine_tunes(merge, chosen, removed)
-            promote.intend(merge, chosen, "rollback")
-        promote.switch(merge)
+    ledger, old = merge.ledger, merge.head
+    chosen = choose(merge, old, version)
+    removed = [digest for digest in old.digests if digest not in chosen.digests]
+    ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
+    ledger.allow(chosen.digests)
+    ledger.set_fact("head", chosen.path.name)
+    ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
+    relabel_snapshots(merge, chosen)
+    relabel_fine_tunes(merge, chosen, removed)
+    promote.intend(merge, chosen, "rollback")
     merge.metrics.held.set(1)
     pipeline.refresh_merge_metrics(merge, chosen)
     names = [entry["name"] for entry in old.fine_tunes if entry["digest"] in removed]
@@ -165,12 +179,11 @@ def approve(merge: Merge, *, name: str) -> dict[str, Any]:
     """Let a fine-tune in that waits for a person, or that was denied, refused or set aside."""
     row = find_fine_tune(merge, name)
     refuse_settled(row, "approve", APPROVED)
-    with merge.ledger.transaction():
-        merge.ledger.allow([row["digest"]])
-        if row["state"] in ("awaiting_approval", "pending"):
-            merge.ledger.update_fine_tune(row["id"], state="pending", detail="", approved=1)
-        else:
-            start_again(merge, row, approved=1)
+    merge.ledger.allow([row["digest"]])
+    if row["state"] in ("awaiting_approval", "pending"):
+        merge.ledger.update_fine_tune(row["id"], state="pending", detail="", approved=1)
+    else:
+        start_again(merge, row, approved=1)
     return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "pending"}
 
 

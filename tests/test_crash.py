@@ -118,7 +118,7 @@ def live_to_the_end(site: Site) -> None:
 
 
 def test_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
-    """`run --once`, started again and again and killed one step further each time, ends where one run ends."""
+    """`run --once`, started again and killed one step further each time, ends where one run ends."""
     for step in STEPS:
         site.once(code=KILLED, STREAMMERGE_KILL_AT=step)
         verify(site)
@@ -127,7 +127,7 @@ def test_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
 
 
 def test_the_daemon_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
-    """The daemon, started again and again and killed one step further each time, ends where one run ends."""
+    """The daemon, started again and killed one step further each time, ends where one run ends."""
     for step in STEPS:
         live_until_killed(site, step)
     live_to_the_end(site)
@@ -139,7 +139,7 @@ def test_the_daemon_killed_at_every_step_in_turn(site: Site, undisturbed: Ended)
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_one_step(site: Site, undisturbed: Ended, step: str, nth: int) -> None:
-    """Killed at the first, second or third passing of one step, `run --once` ends where one run ends."""
+    """Killed at the first, second or third passing of a step, `run --once` ends where one run ends."""
     site.once(code=None, STREAMMERGE_KILL_AT=f"{step}:{nth}")
     verify(site)
     site.once()
@@ -209,10 +209,12 @@ def test_a_rollback_killed_half_way_is_done_once(finished: Site, tmp_path: Path,
 
 @pytest.mark.parametrize("log_bytes", [0, 30_000])
 def test_killed_while_the_ledger_is_made(site: Site, undisturbed: Ended, log_bytes: int) -> None:
-    """Killed before or between the ledger's first tables, the next start makes them; nothing is called damaged."""
+    """Killed before or between the ledger's first tables, the next start makes them; nothing is damaged."""
     log = site.store / "ledger.db-wal"
     running = subprocess.Popen(
-        [*STREAMMERGE, "run", "--once", "-c", str(site.config)], env=environment(), stderr=subprocess.DEVNULL
+        [*STREAMMERGE, "run", "--once", "-c", str(site.config)],
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
     while running.poll() is None and not (log.exists() and log.stat().st_size > log_bytes):
         pass

@@ -1,8 +1,9 @@
-"""The process: signals, systemd's protocol, one writer, sources and disks that fail, and logs a machine can read."""
+"""The process: signals, systemd's protocol, one writer, sources and disks that fail, logs."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ def large_site(root: Path, *, weights: int, size: int) -> Site:
 
 
 def test_sigterm_during_a_fold_leaves_no_trace(tmp_path: Path) -> None:
-    """The daemon stops within a weight, exit 0, leaves nothing half done, and does the fold anew after a restart."""
+    """The daemon stops within a weight, exit 0, leaves nothing half done, and folds anew when restarted."""
     site = large_site(tmp_path / "site", weights=8, size=1024)
     with site.daemon() as daemon:
         site.publish("first", 1)
@@ -93,7 +94,7 @@ def test_a_stop_while_a_replaced_folder_is_watched(tmp_path: Path) -> None:
 
 
 def test_a_reload_takes_everything_or_nothing(tmp_path: Path) -> None:
-    """SIGHUP takes a new source; a bad file or a fixed key changes nothing, is logged, and shows in a metric."""
+    """SIGHUP takes a new source; a bad file or a fixed key changes nothing and shows in log and metric."""
     site = Site(tmp_path / "site")
     successful = "streammerge_config_last_reload_successful"
     with site.daemon() as daemon:
@@ -138,7 +139,7 @@ def test_a_reload_takes_everything_or_nothing(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_is_no_text_stops_no_daemon(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 are refused like any other bad configuration: by a reload, and at the start with exit 2."""
+    """Bytes that are no UTF-8 are a bad configuration like any other: no reload, and exit 2 at the start."""
     site = Site(tmp_path / "site")
     with site.daemon() as daemon:
         site.config.write_bytes(site.config.read_bytes() + b"# \xff\n")
@@ -149,7 +150,7 @@ def test_a_configuration_that_is_no_text_stops_no_daemon(tmp_path: Path) -> None
 
 
 def test_a_removed_source_leaves_nothing_pending(tmp_path: Path) -> None:
-    """What a source announced and the configuration then dropped is waited for no longer: `run --once` exits 0."""
+    """What a source announced that the configuration then dropped is waited for no longer."""
     site = Site(tmp_path / "site")
     site.publish("model", 1)
     site.once(code=-9, STREAMMERGE_KILL_AT="copied")
@@ -198,7 +199,7 @@ class Systemd:
 
 
 def test_systemd_is_told_what_happens(tmp_path: Path) -> None:
-    """READY once it serves, WATCHDOG and STATUS three times a period, RELOADING with its time, STOPPING at the end."""
+    """READY once it serves, then WATCHDOG and STATUS, RELOADING with its time, at last STOPPING."""
     site = Site(tmp_path / "site")
     with Systemd(str(tmp_path / "notify")) as systemd:
         watchdog = str(int(WATCHDOG_SECONDS * 1e6))
@@ -223,7 +224,7 @@ def test_systemd_is_told_what_happens(tmp_path: Path) -> None:
 
 
 def test_the_watchdog_ping_stops_when_the_worker_hangs(tmp_path: Path) -> None:
-    """While the worker is stuck in one native call for longer than the watchdog allows, nobody says that it lives."""
+    """While the worker is in one native call for longer than the watchdog allows, nobody says it lives."""
     site = large_site(tmp_path / "site", weights=1, size=2400)  # its spectrum takes four seconds
     with Systemd(f"@streammerge-test-{os.getpid()}") as systemd:
         watchdog = str(int(WATCHDOG_SECONDS * 1e6))
@@ -239,14 +240,14 @@ def test_the_watchdog_ping_stops_when_the_worker_hangs(tmp_path: Path) -> None:
             over = time.monotonic()
             until(lambda: systemd.times("WATCHDOG")[-1] > over, "pings again")
             pings = systemd.times("WATCHDOG")
-            assert max(later - earlier for earlier, later in zip(pings, pings[1:], strict=False)) > 2.0
+            assert max(later - earlier for earlier, later in itertools.pairwise(pings)) > WATCHDOG_SECONDS
 
 
 # -------------------------------------------------------------------------------------------- one writer
 
 
 def test_there_is_one_writer(tmp_path: Path) -> None:
-    """A second daemon on the store exits 75 and names the holder's pid; a taken port exits 2 and names the port."""
+    """A second daemon on a store exits 75 and names the holder's pid; a taken port exits 2 and is named."""
     site = Site(tmp_path / "site")
     with site.daemon() as daemon:
         for words in (["run"], ["run", "--once"]):
@@ -299,7 +300,7 @@ def test_a_source_that_cannot_be_seen_harms_nobody(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not CAN_BE_HUMBLE, reason="needs setpriv to be held to file modes")
 def test_a_source_that_may_not_be_read_is_in_error(tmp_path: Path) -> None:
-    """A folder without permission is an error of that source; one fine-tune without is waited for; both come back."""
+    """A folder that may not be read puts its source in error, a fine-tune is waited for; both come back."""
     site = Site(tmp_path / "site")
     site.publish("locked", 1)
     (site.inflow / "locked").chmod(0o000)
@@ -344,7 +345,7 @@ def fill(place: Path) -> Path:
 
 
 def test_a_full_disk_is_waited_out(tmp_path: Path, small_disk: Path) -> None:
-    """Without room for a fold the daemon is not ready and says so, what is served stays, and with room it goes on."""
+    """Without room the daemon is not ready and says so, what is served stays, and with room it goes on."""
     site = Site(tmp_path / "site", reserve="1KB")
     with site.daemon() as daemon:
         site.publish("first", 1)
@@ -364,7 +365,7 @@ def test_a_full_disk_is_waited_out(tmp_path: Path, small_disk: Path) -> None:
 
 
 def test_a_disk_that_fills_up_during_a_fold_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
-    """No room even for the ledger: the candidate waits, and is served once there is room; the daemon lives on."""
+    """No room even for the ledger: the candidate waits until there is some; the daemon lives on."""
     site = Site(tmp_path / "site", reserve="1KB")
     gate = site.program(
         "gate",
@@ -390,22 +391,11 @@ def test_a_disk_that_fills_up_during_a_fold_loses_nothing(tmp_path: Path, small_
 
 
 def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
-    """Each line is one JSON object with event, level and time, one canonical line a journey, and no token in any."""
+    """Each line is a JSON object with event, level and time; one line tells a journey; no token is in any."""
     site = Site(tmp_path / "site", log_level="debug")
     token = "hf_abcdefghijklmnop"  # made up
-    site.configure(
-        gates=[
-            {
-                "name": "leaky",
-                "type": "command",
-                "argv": [
-                    site.program(
-                        "gate", f"[ -e \"$(dirname $0)/leak\" ] && echo {token} >&2 && exit 1; echo '{{}}'"
-                    )
-                ],
-            }
-        ]
-    )
+    leak = f"""[ -e "$(dirname "$0")/leak" ] && echo {token} >&2 && exit 1; echo '{{}}'"""
+    site.configure(gates=[{"name": "leaky", "type": "command", "argv": [site.program("gate", leak)]}])
     with site.daemon(HF_TOKEN=token) as daemon:
         site.publish("model", 1)
         daemon.until_state(model="folded")

@@ -103,9 +103,9 @@ def bound() -> float:
 def test_a_fold_takes_what_its_largest_weight_takes(tmp_path: Path) -> None:
     """Folding into a model of 64 MiB takes 160 MiB + 8 x the largest projected weight at most."""
     make_models(tmp_path, matrices=24, vocabulary=8192)
-    first, second, third = peaks(tmp_path, 3)
-    assert third <= bound(), (first, second, third)
-    assert third <= second * GROWTH + NOISE_MIB, (first, second, third)
+    found = peaks(tmp_path, 6)
+    assert found[5] <= bound(), found
+    assert found[5] <= found[1] * GROWTH + NOISE_MIB, found
 
 
 @pytest.mark.slow
