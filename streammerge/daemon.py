@@ -218,10 +218,15 @@ class Daemon:
         """Build sources, targets and triggers from a configuration that was checked."""
         assert self.merge is not None
         stopping = partial(raise_if_set, self.stopping)
-        sources = {part.name: open_source(part, stopping) for part in config.sources}
-        for stop in self._watchers.values():
-            stop()
-        self._watchers.clear()
+        before = {part.name: part for part in self.config.sources if part.name in self.sources}
+        sources = {
+            part.name: self.sources[part.name]
+            if before.get(part.name) == part
+            else open_source(part, stopping)
+            for part in config.sources
+        }
+        for name in [name for name in self._watchers if self.sources[name] is not sources.get(name)]:
+            self._watchers.pop(name)()
         self.scheduler.remove_all_jobs()
         self.config = self.merge.config = config
         self.sources = sources

@@ -55,6 +55,7 @@ class Merge:
     full_disk: str = ""
     broken_gate: str = ""
     gates_again_at: float = 0.0
+    gate_attempts: int = 0
     folding_from: Path | None = None
 
     @property

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
-RETRIED = ("refused", "quarantined", "gone")
-APPROVED = (*RETRIED, "awaiting_approval", "denied", "ignored", "pending")
+RETRIED = ("refused", "quarantined", "gone", "ignored")
+APPROVED = (*RETRIED, "awaiting_approval", "denied", "pending")
 
 log = structlog.get_logger()
 

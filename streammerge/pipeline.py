@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from streammerge.sources import Source
 
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
-GATE_SECONDS = 30.0  # how soon a gate that could not judge is asked again
 SPACE_SECONDS = 15.0  # how soon a full disk is looked at again
 
 log = structlog.get_logger()
@@ -253,11 +252,12 @@ def passes(merge: Merge, candidate: Snapshot) -> bool:
     try:
         with stage(merge, "gate"):
             verdict = gates.check(merge.config.gates, candidate.path, current, merge.engine.beat)
-        merge.broken_gate = ""
+        merge.broken_gate, merge.gate_attempts = "", 0
     except Stopped:
         raise
     except TryAgain as exc:
-        merge.gates_again_at = now() + GATE_SECONDS
+        merge.gates_again_at = now() + RETRY_SECONDS[min(merge.gate_attempts, len(RETRY_SECONDS) - 1)]
+        merge.gate_attempts += 1
         merge.broken_gate = exc.message if isinstance(exc, gates.GateBroken) else ""
         raise
     reached("gated")

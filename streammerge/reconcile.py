@@ -108,8 +108,8 @@ def record(
         sighting.name,
         sighting.revision,
     ):
+        supersede(merge, config.name, sighting.name, but=row["id"])
         if row["state"] in ("superseded", "gone"):  # it came back
-            supersede(merge, config.name, sighting.name, but=row["id"])
             ledger.update_fine_tune(
                 row["id"], state="pending", reason="", detail="", step="announced", published_at=published
             )

@@ -90,6 +90,8 @@ def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
         conclude_open(merge)
     row = next_row(merge, sources)
     if row is None:
+        if not merge.ledger.fine_tunes("pending"):
+            merge.full_disk = ""  # nothing waits for space any more
         return False
     try:
         pipeline.journey(merge, row, sources[row["source"]])

@@ -151,7 +151,7 @@ def test_durations_and_sizes_read_and_print_the_same() -> None:
 
 
 def test_paths_are_taken_against_the_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Relative paths and programs mean the same from wherever the command is run; plain program names use PATH."""
+    """Relative paths and programs mean the same wherever the command is run; plain names use PATH."""
     gate = {**GATE, "argv": ["./score", "./argument"]}
     target = {"name": "t", "type": "exec", "argv": ["echo", "./argument"]}
     path = write(folder, gates=[gate], targets=[target])

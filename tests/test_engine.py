@@ -26,7 +26,7 @@ from streammerge.headers import DTYPES, find
 from streammerge.methods import Totals
 from streammerge.plan import DEFAULT_ADDED, Recipe
 from streammerge.state import STATISTICS, State
-from streammerge.weights import Weights
+from streammerge.weights import Weights, element_panels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -221,6 +221,63 @@ def test_weights_that_no_fine_tune_touched_stay_as_they_are(tmp_path: Path) -> N
         )
 
 
+@pytest.mark.parametrize("method", methods.NAMES)
+@pytest.mark.parametrize("residency", ["disk", "host"])
+def test_weights_of_odd_shapes_are_merged(method: str, residency: str, tmp_path: Path) -> None:
+    """Scalars, empty weights, rows, columns, many dimensions and mixed dtypes go through every method."""
+    shapes = ((), (1,), (1, 1), (0,), (0, 4), (3, 0), (1, 9), (9, 1), (2, 3, 4), (1, 1, 1, 1, 5))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    random = torch.Generator().manual_seed(0)
+    base = {
+        f"größe {i}.{dtype}".replace("torch.", ""): torch.randn(shape, generator=random).to(dtype)
+        for i, shape in enumerate(shapes)
+        for dtype in dtypes
+    }
+    base |= {f"i{i}": torch.zeros(shape, dtype=torch.uint8) for i, shape in enumerate(shapes)}
+    base |= {"flags": torch.tensor([True, False, True]), "u16": torch.arange(3).to(torch.uint16)}
+    models.save(tmp_path / "base", base, shards=2)
+    run = bench(tmp_path / "run", tmp_path / "base", method=method, residency=residency)
+    tuned = [models.make_fine_tune(tmp_path / f"ft{i}", base, seed=i) for i in range(2)]
+    run.fold(tmp_path / "ft0")
+    run.fold(tmp_path / "ft1")
+    merged = models.load(run.render())
+    assert set(merged) == set(base)
+    for name, values in base.items():
+        assert (merged[name].dtype, merged[name].shape) == (values.dtype, values.shape)
+        if method == "average" and values.is_floating_point():
+            mean = (tuned[0][name].double() + tuned[1][name].double()) / 2
+            assert torch.allclose(merged[name].double(), mean, atol=0.02)
+        elif not values.is_floating_point():
+            assert torch.equal(merged[name], values)
+
+
+def test_weights_that_stream_in_panels_are_merged_like_others(tmp_path: Path) -> None:
+    """Weights longer than a panel are merged to the last element, in memory as on disk; NaN is seen."""
+    random = torch.Generator().manual_seed(0)
+    panel = next(element_panels(1 << 40))[1]
+    shapes = {EMBEDDING: (panel // 1000 + 2, 1000), BIAS: (panel + 3,), SQUARE: (8, 8)}
+    base = {n: torch.randn(shape, generator=random).bfloat16() for n, shape in shapes.items()}
+    models.save(tmp_path / "base", base)
+    tuned = [models.make_fine_tune(tmp_path / f"ft{i}", base, seed=i, dtype=torch.float32) for i in (0, 1)]
+    found = []
+    for residency in ("disk", "host"):
+        run = bench(tmp_path / residency, tmp_path / "base", method="average", residency=residency)
+        run.fold(tmp_path / "ft0")
+        run.fold(tmp_path / "ft1")
+        found.append(contents(run.render(dtype=torch.float32)))
+        merged = models.load(run.root / "model")
+        for name in shapes:
+            assert torch.allclose(merged[name], (tuned[0][name] + tuned[1][name]) / 2, atol=1e-6)
+        norm = float((tuned[1][BIAS].double() - base[BIAS].double()).norm())
+        figures = models.load(run.state.folder / STATISTICS)[BIAS][1].tolist()
+        assert figures == [pytest.approx(norm), pytest.approx(norm**2), pytest.approx(norm)]
+    assert found[0] == found[1]
+    tuned[0][BIAS][-1] = float("nan")
+    models.save(tmp_path / "bad", tuned[0])
+    with pytest.raises(Refused, match=BIAS):
+        run.fold(tmp_path / "bad")
+
+
 def test_integers_are_the_bases(tmp_path: Path) -> None:
     """Another integer buffer in a fine-tune does not reach what is served."""
     base = models.make_base(tmp_path / "base")
@@ -265,6 +322,8 @@ def test_a_tied_head_is_folded_once_and_served_twice(tmp_path: Path) -> None:
     delta = sum(float((tuned[n].double() - base[n].double()).square().sum()) for n in once)
     assert torch.equal(merged[HEAD], merged[EMBEDDING])
     assert not torch.equal(merged[HEAD], base[HEAD])
+    (run.root / "again").mkdir()
+    assert run.engine.render(run.recipe, run.state, PLAIN, run.root / "again")[1] == pytest.approx(delta**0.5)
     assert measured.delta_norm == pytest.approx(delta**0.5, rel=1e-6)
     assert measured.base_norm == pytest.approx(
         sum(float(base[n].double().square().sum()) for n in once) ** 0.5, rel=1e-12

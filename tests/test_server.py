@@ -82,7 +82,7 @@ def test_the_metrics_are_clean(daemon: Daemon) -> None:
 
 
 def test_labels_are_bounded_and_begin_at_zero(daemon: Daemon) -> None:
-    """A label's values come from the configuration or a closed set, and each has its series from the start."""
+    """A label's values come from the configuration or a closed set; each has its series from the start."""
     text = daemon.get("/metrics")[1]
     families = {f.name: f for f in text_string_to_metric_families(text) if f.name.startswith(OURS)}
     found: dict[str, set[tuple[str, ...]]] = {}
@@ -92,12 +92,12 @@ def test_labels_are_bounded_and_begin_at_zero(daemon: Daemon) -> None:
             if family.name == "streammerge_build_info":
                 continue
             assert all(value in LABELS[key] for key, value in labels.items()), sample
-            found.setdefault(family.name, set()).add(tuple(labels.values()))
+            found.setdefault(family.name, set()).add(tuple(sorted(labels.values())))
 
     def children(*values: set[str]) -> set[tuple[str, ...]]:
         combined: set[tuple[str, ...]] = {()}
         for part in values:
-            combined = {(*before, value) for before in combined for value in part}
+            combined = {tuple(sorted((*before, value))) for before in combined for value in part}
         return combined
 
     sources, targets = LABELS["source"], LABELS["target"]
@@ -172,7 +172,7 @@ def test_json_is_that_of_the_command_line(daemon: Daemon) -> None:
 
 
 def test_health(daemon: Daemon) -> None:
-    """Alive and ready are two questions, answered in JSON; a failing target makes it neither dead nor unready."""
+    """Alive and ready are two questions; a failing target makes the daemon neither dead nor unready."""
     assert daemon.get("/healthz") == (200, '{"alive":true}')
     code, body = daemon.get("/readyz")
     assert code == 200

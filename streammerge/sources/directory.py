@@ -8,6 +8,7 @@ content: editing a README or touching a file is no news. File events are hints; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import os
@@ -59,19 +60,21 @@ class Directory:
                 f"source {self.name}: {self.config.path}: {exc.strerror}",
                 hint="check that the folder exists, is mounted and can be read",
             ) from exc
-        seen = [s for entry in entries if not self._is_ignored(entry) and (s := self._see(entry, known))]
+        wanted = [
+            e for e in entries if not any(fnmatch.fnmatchcase(e.name, glob) for glob in self.config.ignore)
+        ]
+        seen = [sighting for entry in wanted if (sighting := self._see(entry, known))]
         present = {entry.name for entry in entries}
         self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in present}
         return seen
 
-    def _is_ignored(self, entry: os.DirEntry[str]) -> bool:
-        if any(fnmatch.fnmatchcase(entry.name, glob) for glob in self.config.ignore):
-            return True
-        return not entry.is_dir() and not entry.name.endswith(".safetensors")
-
     def _see(self, entry: os.DirEntry[str], known: Mapping[str, Known]) -> Sighting | None:
-        """Judge one entry; None if it vanished while we looked."""
+        """Judge one entry; None for what is no fine-tune, or vanished while we looked."""
         path = self.config.path / entry.name
+        if not entry.name.isprintable():
+            shown = entry.name.encode(errors="backslashreplace").decode()
+            why = "its name is no printable UTF-8; rename it"
+            return Sighting(shown, "name", self._clock(), refused="malformed", waiting_for=why)
         try:
             links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
             if links and not self.config.follow_symlinks:
@@ -80,17 +83,17 @@ class Directory:
                     f"link-{links[0]}"[:80],
                     entry.stat(follow_symlinks=False).st_mtime,
                     refused="symlink",
-                    waiting_for=f"{links[0]} is a symbolic link; "
-                    "set follow_symlinks: true for this source to allow it",
+                    waiting_for=f"{links[0]} is a symbolic link; follow_symlinks: true allows it",
                 )
+            if not path.is_dir() and not (path.is_file() and entry.name.endswith(".safetensors")):
+                return None
             fingerprint, modified = _fingerprint(path)
             return self._ready_or_waiting(entry.name, path, fingerprint, modified, known.get(entry.name))
         except FileNotFoundError:
             return None
-        except PermissionError as exc:
-            return Sighting(
-                entry.name, "", self._clock(), waiting_for=f"{exc.filename} cannot be read: {exc.strerror}"
-            )
+        except OSError as exc:
+            why = f"{exc.filename or path} cannot be read: {exc.strerror}"
+            return Sighting(entry.name, "", self._clock(), waiting_for=why)
 
     def _ready_or_waiting(
         self, name: str, path: Path, fingerprint: str, modified: float, known: Known | None
@@ -135,19 +138,21 @@ class Directory:
         path = self.config.path / name
         try:
             for file in _files_of(path) if path.is_dir() else [path]:
-                if (
-                    file.name in FETCHED_NAMES
-                    or file.name.endswith(FETCHED_SUFFIXES)
-                    or headers.PICKLES.match(file.name)
-                ):
-                    self._beat()
-                    if headers.PICKLES.match(file.name):
-                        (into / file.name).touch()  # its name is enough to refuse it
-                        continue
+                self._beat()
+                if headers.PICKLES.match(file.name):
+                    (into / file.name).touch()  # its name is enough to refuse it
+                elif file.name in FETCHED_NAMES or file.name.endswith(FETCHED_SUFFIXES):
+                    if not file.is_file():
+                        raise Refused(
+                            "malformed", f"{file.name} is no regular file", hint="publish plain files"
+                        )
                     files.copy_file(file, into / file.name, follow_symlinks=self.config.follow_symlinks)
-        except FileNotFoundError as exc:
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise TryAgain(
-                f"{name}: {exc.filename} vanished while it was fetched", hint="publish it again"
+                f"{name}: {exc.filename} cannot be fetched: {exc.strerror}",
+                hint="check that it is there and readable, or publish it again",
             ) from exc
 
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
@@ -205,6 +210,8 @@ def _raw_revision(path: Path) -> str:
     """Name unreadable content by the names, sizes and first bytes of its files."""
     found = hashlib.sha256()
     for file in _files_of(path) or [path]:
+        if not file.is_file():
+            continue
         with file.open("rb") as opened:
             found.update(f"{file.name}\0{file.stat().st_size}\0".encode() + opened.read(1 << 16))
     return found.hexdigest()[:REVISION_CHARACTERS]
