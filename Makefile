@@ -37,7 +37,7 @@ run: install  ## show the daemon at work on a small model made on the spot
 	@$(BIN)/streammerge demo
 
 test: install  ## run the tests
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -n auto
 
 test-slow: install  ## run the tests that take longer, on real weights too
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,demo,slow]'

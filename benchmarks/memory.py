@@ -1,9 +1,9 @@
 """Does the memory of a fold depend on the model's size or on how many fine-tunes came before?
 
-Makes a Llama-shaped bf16 model of random numbers, publishes fine-tunes of it one after the other, and folds each
-with `streammerge run --once` in a process of its own, whose peak resident set the kernel reports. The bound is
-160 MiB + 8 x the float32 bytes of the largest projected weight, over a process that has only imported torch and
-safetensors; the last fold must cost what the second did, within 5 %.
+Makes a Llama-shaped bf16 model of random numbers, publishes fine-tunes of it one after the other, and folds
+each with `streammerge run --once` in a process of its own, whose peak resident set the kernel reports. The
+bound is 160 MiB + 8 x the float32 bytes of the largest projected weight, over a process that has only
+imported torch and safetensors; the last fold must cost what the second did, within 5 %.
 
     python benchmarks/memory.py                  1 GiB, 12 fine-tunes
     python benchmarks/memory.py --gib 0.1        a quick look
@@ -55,16 +55,21 @@ def shapes(gib: float, hidden: int) -> dict[str, tuple[int, ...]]:
     return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
+def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Make normal random numbers, the same for one seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def write_model(folder: Path, table: dict[str, tuple[int, ...]], seed: int) -> None:
-    """Write a sharded model: seed 0 is the base, others are the base and a little noise. One shard in memory."""
+    """Write a sharded model: seed 0 is the base, others the base and a little noise; a shard in memory."""
     folder.mkdir(parents=True)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     held = number = 0
     for position, (name, shape) in enumerate(table.items()):
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(position)).mul_(0.02)
+        values = noise(shape, position).mul_(0.02)
         if seed:
-            values += torch.randn(shape, generator=torch.Generator().manual_seed(10_000 * seed + position)).mul_(0.0004)
+            values += noise(shape, 10_000 * seed + position).mul_(0.0004)
         shard[name] = values.bfloat16()
         held += shard[name].numel() * 2
         weight_map[name] = f"model-{number:05d}.safetensors"
@@ -91,18 +96,22 @@ def peak_mib(argv: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, print the table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--fine-tunes", type=int, default=12)
     parser.add_argument("--tail", default="scalar")
-    parser.add_argument("--folder", type=Path, default=None, help="where there is room; a temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="where there is room")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="streammerge-memory-", dir=options.folder))
     try:
         measure(work, options)
     finally:
-        subprocess.run(["chmod", "-R", "u+w", str(work)], check=False)
+        for path in work.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)  # sealed versions are read-only
         shutil.rmtree(work)
 
 
@@ -124,18 +133,22 @@ def measure(work: Path, options: argparse.Namespace) -> None:
         (work / "fresh").rename(work / "published" / f"fine-tune-{number:02d}")
         peak, seconds = peak_mib(run)
         shutil.rmtree(work / "published" / f"fine-tune-{number:02d}")
-        rows.append({"fine_tune": number, "over_idle_mib": round(peak - idle, 1), "seconds": round(seconds, 1)})
+        rows.append(
+            {"fine_tune": number, "over_idle_mib": round(peak - idle, 1), "seconds": round(seconds, 1)}
+        )
         print(f"fine-tune {number:2}   {peak - idle:7.1f} MiB over idle   {seconds:6.1f} s", flush=True)
     report(table, options, idle, rows)
 
 
-def report(table: dict[str, tuple[int, ...]], options: argparse.Namespace, idle: float, rows: list[dict[str, float]]) -> None:
+def report(
+    table: dict[str, tuple[int, ...]], options: argparse.Namespace, idle: float, rows: list[dict[str, float]]
+) -> None:
     """Hold the figures against the bound."""
     largest = max(torch.Size(s).numel() for n, s in table.items() if len(s) == 2 and "layers" in n) * 4 / MIB
     bound = BOUND_MIB + BOUND_WEIGHTS * largest
     worst = max(row["over_idle_mib"] for row in rows)
     growth = rows[-1]["over_idle_mib"] / rows[1]["over_idle_mib"]
-    print(f"\nbound {bound:.1f} MiB (160 + 8 x {largest:.1f}), worst {worst:.1f}; last over second {growth:.3f}")
+    print(f"\nbound {bound:.1f} MiB (160 + 8 x {largest:.1f}), worst {worst:.1f}, growth {growth:.3f}")
     print(
         json.dumps(
             {

@@ -49,7 +49,7 @@ def configure(*, level: str = "info", json_lines: bool | None = None) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.captureWarnings(True)
+    logging.captureWarnings(capture=True)
     root = logging.getLogger()
     root.handlers[:] = [out]
     root.setLevel(level.upper())

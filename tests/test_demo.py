@@ -167,7 +167,6 @@ def test_a_daemon_that_ends_is_reported_with_its_log(tmp_path: Path) -> None:
         daemon.wait_until_ready()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_story_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real daemon serves seven fine-tunes in one model that beats base and average, refuses the broken

@@ -19,7 +19,7 @@ BOUND_MIB = 160
 BOUND_WEIGHTS = 8
 GROWTH = 1.05
 NOISE_MIB = 4
-ROWS, COLUMNS = 256, 4096
+ROWS, COLUMNS = 128, 8192
 
 # Prints the peak resident set in MiB: with torch and safetensors imported, then after every fold and render.
 # Not ru_maxrss: across fork and exec that begins with what the test's own process takes.
@@ -41,7 +41,7 @@ FOLDS = textwrap.dedent(
     from streammerge.finetune import Tolerance
     from streammerge.state import State
 
-    engine = Engine(device="cpu", threads=2, residency="disk")
+    engine = Engine(device="cpu", threads=1, residency="disk")
     found, _ = engine.open_base(root / "base", plan.DEFAULT_ADDED)
     recipe = replace(found, method="opcm", knobs=methods.resolve("opcm", {}))
     with weights.Weights(headers.find(root / "base")) as base:

