@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import stat
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,10 +145,13 @@ def remove_tree(folder: Path) -> None:
 
 
 def tree_bytes(folder: Path) -> int:
-    """Sum the sizes of all files below `folder`."""
-    return sum(
-        Path(directory, name).lstat().st_size for directory, _, names in os.walk(folder) for name in names
-    )
+    """Sum the sizes of all files below `folder`, in which others may work meanwhile."""
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(directory, name).lstat().st_size
+    return total
 
 
 def require_space(folder: Path, needed_bytes: int, *, reserve_bytes: int, purpose: str) -> None:

@@ -19,8 +19,8 @@ import torch
 
 from streammerge.errors import Refused, TryAgain
 
-MAX_HEADER_BYTES = 32 << 20
-MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_JSON_BYTES = 32 << 20
 MAX_NAME_CHARACTERS = 1024
 MAX_DIMENSIONS = 16
 MAX_FILE_NAME = 255
@@ -33,6 +33,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 SIDECARS = frozenset({"gram.safetensors", "fisher.safetensors"})
@@ -235,6 +236,8 @@ def _entry(name: str, raw: object, file: int, data_start: int) -> Entry:
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         raise ValueError(f"{name[:80]!r} is no usable name")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if isinstance(dtype, str) and dtype in UNREAD_DTYPES:
+        raise Refused("unsupported-dtype", f"{name} is stored as {dtype}", hint="publish it in bf16 or f32")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name[:80]} has dtype {str(dtype)[:20]!r}, which streammerge does not read")
     if not _are_sizes(shape, range(MAX_DIMENSIONS + 1)) or not _are_sizes(offsets, range(2, 3)):

@@ -44,6 +44,7 @@ class Weights:
         self._descriptors: list[int] = []
         self._hashes: dict[str, _Running] | None = {} if hashing else None
         self.entries: dict[str, Entry] = {}
+        self._file: _Running | None = None
         try:
             for number, path in enumerate(found.files):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -51,18 +52,23 @@ class Weights:
                 self._descriptors.append(descriptor)
                 for entry in parse_header(descriptor, path.name, number):
                     self._list(entry)
+            if whole:
+                self._read_head()
+            if not self.entries:
+                self._refuse_empty()
         except BaseException:
             self._stack.close()
             raise
-        self._file: _Running | None = None
-        if whole:
-            head = bytearray(min(e.start for e in self.entries.values()) if self.entries else self.bytes)
-            pread_exactly(self._descriptors[0], head, 0, found.files[0])
-            self._file = _Running()
-            self._file.feed(0, len(head), head)
-        if not self.entries:
-            self._stack.close()
-            raise Refused("empty", f"{found.files[0].name} holds no weights", hint="save the model again")
+
+    def _read_head(self) -> None:
+        """Hash what stands before the first weight."""
+        head = bytearray(min((e.start for e in self.entries.values()), default=self.bytes))
+        pread_exactly(self._descriptors[0], head, 0, self.set.files[0])
+        self._file = _Running()
+        self._file.feed(0, len(head), head)
+
+    def _refuse_empty(self) -> None:
+        raise Refused("empty", f"{self.set.files[0].name} holds no weights", hint="save the model again")
 
     def _list(self, entry: Entry) -> None:
         if entry.name in self.entries:
@@ -169,7 +175,7 @@ def pread_exactly(descriptor: int, buffer: bytearray, offset: int, path: Path) -
         done += got
 
 
-def element_panels(elements: int, panel: int = 4 << 20) -> Iterator[tuple[int, int]]:
+def element_panels(elements: int, panel: int = 1 << 20) -> Iterator[tuple[int, int]]:
     """Cut [0, elements) into runs of at most `panel`; an empty weight gives one empty run."""
     return ((start, min(start + panel, elements)) for start in range(0, max(elements, 1), panel))
 

@@ -183,28 +183,29 @@ def test_killed_at_random_many_times(fresh: Site, undisturbed: Ended, tmp_path: 
         assert ended(site) == undisturbed, f"seed {number}"
 
 
-@pytest.mark.parametrize("by", ["itself", "the daemon"])
-def test_a_rollback_killed_half_way_is_done_once(finished: Site, tmp_path: Path, by: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "step"), [("itself", "intended"), ("itself", "switched"), ("the daemon", "intended")]
+)
+def test_a_rollback_killed_half_way_is_done_once(finished: Site, tmp_path: Path, by: str, step: str) -> None:
     """Killed before or after the switch, a rollback is completed at the next start and not done twice."""
-    for step in ("intended", "switched"):
-        site = finished.copy(tmp_path / step)
-        kill = {"STREAMMERGE_KILL_AT": step}
-        if by == "itself":
-            command("rollback", "--yes", "-c", site.config, code=KILLED, env=kill)
-        else:
-            daemon = Daemon(site, env=kill)
-            daemon.until_ready()
-            site.run("rollback", "--yes", "--no-wait")
-            assert daemon.until_ended() == KILLED
-        verify(site)
-        site.once()
-        assert site.served == ["a", "b"], step
-        status = site.ask("status")
-        assert (status["current"]["version"], status["head"]["version"]) == (2, 2)
-        assert status["held"]
-        assert site.states() == {"a": "folded", "b": "folded", "c": "denied", "z-broken": "refused"}
-        assert status["targets"][0]["snapshot"] == 2
-        verify(site)
+    site = finished.copy(tmp_path / "site")
+    kill = {"STREAMMERGE_KILL_AT": step}
+    if by == "itself":
+        command("rollback", "--yes", "-c", site.config, code=KILLED, env=kill)
+    else:
+        daemon = Daemon(site, env=kill)
+        daemon.until_ready()
+        site.run("rollback", "--yes", "--no-wait")
+        assert daemon.until_ended() == KILLED
+    verify(site)
+    site.once()
+    assert site.served == ["a", "b"], step
+    status = site.ask("status")
+    assert (status["current"]["version"], status["head"]["version"]) == (2, 2)
+    assert status["held"]
+    assert site.states() == {"a": "folded", "b": "folded", "c": "denied", "z-broken": "refused"}
+    assert status["targets"][0]["snapshot"] == 2
+    verify(site)
 
 
 @pytest.mark.parametrize("log_bytes", [0, 30_000])

@@ -18,7 +18,6 @@ MIB = 1 << 20
 BOUND_MIB = 160
 BOUND_WEIGHTS = 8
 GROWTH = 1.05
-NOISE_MIB = 4
 ROWS, COLUMNS = 128, 8192
 
 # Prints the peak resident set in MiB: with torch and safetensors imported, then after every fold and render.
@@ -81,7 +80,7 @@ def make_models(root: Path, matrices: int, vocabulary: int) -> None:
 
 
 def peaks(root: Path, folds: int) -> list[float]:
-    """Fold in a process of its own; MiB above idle after every fold."""
+    """Fold in a process of its own; peak MiB when idle and after every fold."""
     ended = subprocess.run(
         [sys.executable, "-c", FOLDS, str(root), str(folds)],
         capture_output=True,
@@ -91,8 +90,7 @@ def peaks(root: Path, folds: int) -> list[float]:
         cwd=Path(streammerge.__file__).parents[1],
     )
     assert ended.returncode == 0, ended.stderr
-    idle, *found = json.loads(ended.stdout)
-    return [peak - idle for peak in found]
+    return list(json.loads(ended.stdout))
 
 
 def bound() -> float:
@@ -104,8 +102,8 @@ def test_a_fold_takes_what_its_largest_weight_takes(tmp_path: Path) -> None:
     """Folding into a model of 64 MiB takes 160 MiB + 8 x the largest projected weight at most."""
     make_models(tmp_path, matrices=24, vocabulary=8192)
     found = peaks(tmp_path, 6)
-    assert found[5] <= bound(), found
-    assert found[5] <= found[1] * GROWTH + NOISE_MIB, found
+    assert found[6] - found[0] <= bound(), found
+    assert found[6] <= found[2] * GROWTH, found
 
 
 @pytest.mark.slow
@@ -113,8 +111,8 @@ def test_the_twelfth_fold_takes_what_the_second_took(tmp_path: Path) -> None:
     """In one process that folds twelve times the peak does not grow after the second, within 5 %."""
     make_models(tmp_path, matrices=24, vocabulary=8192)
     found = peaks(tmp_path, 12)
-    assert found[11] <= bound(), found
-    assert found[11] <= found[1] * GROWTH + NOISE_MIB, found
+    assert found[12] - found[0] <= bound(), found
+    assert found[12] <= found[2] * GROWTH, found
 
 
 @pytest.mark.slow
@@ -122,4 +120,4 @@ def test_a_large_embedding_streams_through(tmp_path: Path) -> None:
     """An embedding of 200 MiB in a model with the same matrices does not raise the bound."""
     make_models(tmp_path, matrices=4, vocabulary=102_400)
     found = peaks(tmp_path, 2)
-    assert found[1] <= bound(), found
+    assert found[2] - found[0] <= bound(), found

@@ -59,13 +59,6 @@ def test_a_rollback_needs_no_daemon(site: Site) -> None:
     site.once()
     assert site.served == ["a", "b", "c"]
     assert site.ask("status")["held"] == status["held"]
-    site.run("rollback", "0", "--yes")
-    failed = site.run("rollback", "--yes", code=1)
-    assert "no earlier version" in failed.stderr
-    failed = site.run("rollback", "99", "--yes", code=1)
-    assert "version 99 is not on disk" in failed.stderr
-    assert "history" in failed.stderr
-    assert site.served == []
 
 
 def test_a_rollback_stays_until_a_person_lifts_it(site: Site) -> None:
@@ -113,18 +106,27 @@ def test_a_rollback_stays_until_a_person_lifts_it(site: Site) -> None:
         daemon.until_state(f="folded")
         assert site.current["version"] == 7
         assert site.served == ["a", "b", "c", "f"]
+        failed = site.run("rollback", "99", "--yes", code=1)
+        assert "version 99 is not on disk" in failed.stderr
+        assert "history" in failed.stderr
+        site.run("rollback", "0", "--yes")
+        failed = site.run("rollback", "--yes", code=1)
+        assert "no earlier version" in failed.stderr
+        assert site.served == []
     assert site.run("verify").stdout.startswith("every version")
 
 
 def test_rolling_forward_settles_what_was_approved_meanwhile(site: Site) -> None:
     """A fine-tune approved after a rollback counts as folded once a version that holds it is served again."""
-    site.run("rollback", "--yes")
-    site.run("fine-tunes", "approve", "d")
-    site.run("rollback", "4", "--yes")
-    site.run("resume")
-    site.once()
-    assert site.served == list(LETTERS)
-    assert site.states() == dict.fromkeys(LETTERS, "folded")
+    with site.daemon() as daemon:
+        site.run("rollback", "--yes")
+        site.run("fine-tunes", "approve", "d")
+        daemon.until_state(d="pending")
+        site.run("rollback", "4", "--yes")
+        site.run("resume")
+        daemon.look_again(2)
+        assert site.served == list(LETTERS)
+        assert daemon.states() == dict.fromkeys(LETTERS, "folded")
 
 
 def slow_site(root: Path, weights: int = 8, size: int = 1024) -> Site:
@@ -245,12 +247,9 @@ def test_gc_keeps_what_is_needed(site: Site) -> None:
         0: "collected", 1: "accepted", 2: "collected", 3: "collected", 4: "rolled_back",
     }  # fmt: skip
     assert site.run("verify").returncode == 0
-    failed = site.run("rollback", "2", "--yes", code=1)
-    assert "not on disk" in failed.stderr
-    site.run("rollback", "4", "--yes")
-    assert site.served == list(LETTERS)
 
 
+@pytest.mark.slow
 def test_gc_while_a_fold_reads_what_is_no_head_any_more(tmp_path: Path) -> None:
     """A fold whose starting version is collected meanwhile is abandoned; the daemon goes on."""
     site = slow_site(tmp_path / "site", weights=6)
