@@ -284,6 +284,8 @@ def load(path: Path) -> tuple[Config, dict[str, str]]:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"{path}: {exc.strerror}", hint="check the path given with -c") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: is no UTF-8 text", hint="check the path given with -c") from exc
     try:
         raw = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as exc:

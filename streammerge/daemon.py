@@ -21,7 +21,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from streammerge import config as configuration
 from streammerge import files, operations, promote, reconcile, recovery, reports, screen, turns
 from streammerge.engine import Engine
-from streammerge.errors import ConfigError, Stopped, StreammergeError, TryAgain
+from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.metrics import Metrics
 from streammerge.once import raise_if_set
@@ -281,7 +281,9 @@ class Daemon:
             self._watch(name)
         except Stopped:
             return
-        except TryAgain:
+        except TryAgain as exc:
+            if isinstance(exc, NoSpace):
+                self._merge().full_disk = exc.message
             if stop := self._watchers.pop(name, None):
                 stop()
         except Exception:
@@ -313,7 +315,8 @@ class Daemon:
         """Fold what is pending, one at a time, for as long as the process lives."""
         merge = self._merge()
         unchecked = turns.check_served(merge)
-        while not self.stopping.is_set():
+
+        def turn() -> None:
             self._beat()
             self.work_there.clear()
             self._fold_bytes = 0
@@ -322,22 +325,42 @@ class Daemon:
             elif not turns.check_another(merge, unchecked):
                 self.work_there.wait(IDLE_SECONDS)
 
+        self._for_ever(turn)
+
     def _tell(self) -> None:
         """Tell targets what was promoted."""
         merge = self._merge()
-        while not self.stopping.is_set():
+        stopping = partial(raise_if_set, self.stopping)
+
+        def turn() -> None:
             self.news_there.clear()
-            stopping = partial(raise_if_set, self.stopping)
             due = promote.deliver(merge, [open_target(part, stopping) for part in merge.config.targets])
             self.news_there.wait(min(IDLE_SECONDS, max(0.05, due - now())) if due else IDLE_SECONDS)
+
+        self._for_ever(turn)
 
     def _obey(self) -> None:
         """Execute people's commands; never behind a fold."""
         merge = self._merge()
-        while not self.stopping.wait(TICK_SECONDS):
+
+        def turn() -> None:
             if operations.work_off(merge):
                 self.work_there.set()
                 self.news_there.set()
+            self.stopping.wait(TICK_SECONDS)
+
+        self._for_ever(turn)
+
+    def _for_ever(self, turn: Callable[[], None]) -> None:
+        """Take turn after turn; on a disk too full even for the ledger, say so and wait for room."""
+        while not self.stopping.is_set():
+            try:
+                turn()
+            except NoSpace as exc:
+                if not self._merge().full_disk:
+                    log.warning("disk.full", detail=exc.message, hint=exc.hint)
+                self._merge().full_disk = exc.message
+                self.stopping.wait(IDLE_SECONDS)
 
     def _merge(self) -> Merge:
         assert self.merge is not None

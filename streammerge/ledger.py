@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import ConfigError, Damaged
+from streammerge.errors import ConfigError, Damaged, NoSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -87,6 +87,20 @@ def iso(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+@contextmanager
+def _full_disk_is_no_space() -> Iterator[None]:
+    """Turn SQLite's word for a full disk into ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as exc:
+        if exc.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise NoSpace(
+            "the ledger cannot be written: no space left on its disk",
+            hint="free some disk space; streammerge goes on by itself when there is room",
+        ) from exc
+
+
 class Ledger:
     """One open database; its methods may be called from any thread."""
 
@@ -138,21 +152,22 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes inside become durable together, or none does. May be nested."""
-        with self._lock:
-            if self._depth == 0:
-                self._db.execute("begin immediate")
-            self._depth += 1
+        """All changes inside become durable together, or none does. May be nested. A full disk is NoSpace."""
+        with self._lock, _full_disk_is_no_space():
+            if self._depth:
+                yield
+                return
+            self._db.execute("begin immediate")
+            self._depth = 1
             try:
                 yield
+                self._db.execute("commit")
             except BaseException:
-                self._depth -= 1
-                if self._depth == 0:
+                if self._db.in_transaction:  # SQLite may have rolled back by itself
                     self._db.execute("rollback")
                 raise
-            self._depth -= 1
-            if self._depth == 0:
-                self._db.execute("commit")
+            finally:
+                self._depth = 0
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""

@@ -32,7 +32,9 @@ def configure(*, level: str = "info", json_lines: bool | None = None) -> None:
         redact,
     ]
     if json_lines:
-        shared.append(structlog.processors.dict_tracebacks)
+        # Files and lines only: the values of variables may be anything, secrets included.
+        transform = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        shared.append(structlog.processors.ExceptionRenderer(transform))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

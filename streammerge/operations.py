@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streammerge import collect, files, pipeline, promote, reports, snapshots
-from streammerge.errors import Damaged, StreammergeError
+from streammerge.errors import Damaged, NoSpace, StreammergeError
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def work_off(merge: Merge) -> int:
         try:
             result = execute(merge, row)
             log.info("command.done", verb=row["verb"], **result)
-        except Damaged:
+        except (Damaged, NoSpace):
             raise
         except StreammergeError as exc:
             merge.ledger.answer(

@@ -239,10 +239,16 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0) -> bool
     refresh_merge_metrics(merge, accepted)
     merge.metrics.folds.labels("done").inc(bool(accepted.fine_tunes))
     added = accepted.fine_tunes[-1] if accepted.fine_tunes else None
+    named = {key: added[key] for key in ("name", "source", "revision")} if added else {}
     log.info(
-        "finetune.served" if added else "base.served", version=accepted.version, digest=accepted.digest[:12],
-        count=len(accepted.fine_tunes), seconds=round(seconds, 3), **accepted.manifest["health"],
-    )  # fmt: skip
+        "finetune.served" if added else "base.served",
+        **named,
+        version=accepted.version,
+        digest=accepted.digest[:12],
+        count=len(accepted.fine_tunes),
+        seconds=round(seconds, 3),
+        **accepted.manifest["health"],
+    )
     return True
 
 

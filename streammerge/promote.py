@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import snapshots
+from streammerge import files, snapshots
 from streammerge.errors import Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.merging import reached
@@ -56,7 +56,8 @@ def switch(merge: Merge) -> None:
     path = snapshots.by_version(merge.store, promotion["version"])
     assert path is not None, f"version {promotion['version']} was promoted but is not in snapshots/"
     reached("intended")
-    snapshots.switch(merge.store, snapshots.read(path))
+    with files.disk_errors("switching current"):
+        snapshots.switch(merge.store, snapshots.read(path))
     reached("switched")
     at = now()
     with merge.ledger.transaction():

@@ -137,10 +137,23 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
         if not forgiving:
             check_accepted(merge)
         finish_promotion(merge)
-    for path in snapshots.folders(store.candidates):
-        pipeline.record_candidate(merge, snapshots.read(path))
+    record_candidates(merge)
     tidy_inbox(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
+
+
+def record_candidates(merge: Merge) -> None:
+    """A candidate that was sealed but not yet recorded: its row is added."""
+    for path in snapshots.folders(merge.store.candidates):
+        pipeline.record_candidate(merge, snapshots.read(path))
+
+
+def finish_cut_off(merge: Merge) -> None:
+    """Do what a step had still to do when the disk was too full for it."""
+    with merge.turn:
+        record_candidates(merge)
+        accept_trailing(merge)
+        promote.switch(merge)
 
 
 def start_with_base(merge: Merge) -> None:

@@ -6,6 +6,7 @@ With the gauges that mirror the store, which a scrape brings up to date.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -90,8 +91,9 @@ def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
         conclude_open(merge)
     row = next_row(merge, sources)
     if row is None:
-        if not merge.ledger.fine_tunes("pending"):
-            merge.full_disk = ""  # nothing waits for space any more
+        if merge.full_disk and not merge.ledger.fine_tunes("pending"):
+            with suppress(NoSpace):
+                pipeline.require_space(merge, "going on")
         return False
     try:
         pipeline.journey(merge, row, sources[row["source"]])
@@ -104,6 +106,7 @@ def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
 
 def conclude_open(merge: Merge) -> None:
     """Gate and accept candidates that a kill, a hold or a gate that could not judge left sealed."""
+    recovery.finish_cut_off(merge)
     if now() < merge.gates_again_at:
         return
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate' order by version"):

@@ -126,6 +126,7 @@ def test_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
     assert ended(site) == undisturbed
 
 
+@pytest.mark.slow
 def test_the_daemon_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
     """The daemon, started again and killed one step further each time, ends where one run ends."""
     for step in STEPS:
@@ -208,7 +209,7 @@ def test_a_rollback_killed_half_way_is_done_once(finished: Site, tmp_path: Path,
     verify(site)
 
 
-@pytest.mark.parametrize("log_bytes", [0, 30_000])
+@pytest.mark.parametrize("log_bytes", [pytest.param(0, marks=pytest.mark.slow), 30_000])
 def test_killed_while_the_ledger_is_made(site: Site, undisturbed: Ended, log_bytes: int) -> None:
     """Killed before or between the ledger's first tables, the next start makes them; nothing is damaged."""
     log = site.store / "ledger.db-wal"

@@ -146,11 +146,12 @@ def check_telling(site: Site) -> None:
 def test_the_first_look_takes_the_oldest_first(tmp_path: Path) -> None:
     """What was there before the first start is folded by time of modification, then by name."""
     site = Site(tmp_path / "site")
-    for name, age in (("a-newest", 10), ("b-oldest", 1000), ("d-twin", 500), ("c-twin", 500)):
-        site.publish(name, seed=age + len(name) + ord(name[0]))
-        at = time.time() - age
+    now = time.time()
+    ages = {"a-newest": 10, "b-oldest": 1000, "d-twin": 500, "c-twin": 500}
+    for number, (name, age) in enumerate(ages.items()):
+        site.publish(name, number)
         for path in [*(site.inflow / name).iterdir(), site.inflow / name]:
-            os.utime(path, (at - at % 1000 * (age == 500), at - at % 1000 * (age == 500)))
+            os.utime(path, (now - age, now - age))
     site.once()
     assert site.served == ["b-oldest", "c-twin", "d-twin", "a-newest"]
 
