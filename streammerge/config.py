@@ -317,7 +317,12 @@ def _overlay_environment(raw: dict[str, Any], origins: dict[str, str]) -> None:
                     f"{variable}: {section} is a list or a value", hint="set the whole key, as YAML"
                 )
             place = inner
-        place[key] = yaml.safe_load(text)
+        try:
+            place[key] = yaml.safe_load(text)
+        except yaml.YAMLError as exc:
+            raise ConfigError(
+                f"{variable}={text}: not readable as YAML", hint="quote it as YAML does"
+            ) from exc
         origins[(sections or [key])[0]] = f"environment {variable}"
 
 
@@ -325,7 +330,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
     lines, hints = [], []
     for found in error.errors():
-        spots = [part for part in found["loc"] if part not in ("directory", "exec", "command")]
+        spots = [part for part in found["loc"] if part not in ("directory", "exec", "command", "Since")]
         key = ".".join(str(part) for part in spots)
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
@@ -353,10 +358,10 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
 def valid_keys(model: type[BaseModel], spots: list[Any]) -> list[str]:
     """List the keys valid at a place of the configuration."""
     for spot in spots:
-        if isinstance(spot, int):
-            continue
         field = model.model_fields.get(str(spot))
-        inner = _section_of(field.annotation) if field else None
+        if field is None:  # a place in a list, or a name that is the user's own
+            continue
+        inner = _section_of(field.annotation)
         if inner is None:
             return []
         model = inner

@@ -8,6 +8,7 @@ versions, sources or verdicts: what it measures it returns.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Engine:
 
         `progress` is told how many bytes were read.
         """
+        return_freed_memory()
         self.device = choose_device(device)
         if threads:
             torch.set_num_threads(threads)
@@ -391,11 +393,19 @@ class Engine:
         return values
 
 
+MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 SHARE_OF_DEVICE = 0.6  # of its free memory, which a resident state may take
 FULL_BASE = "use the full-precision model that the fine-tunes were made from"
 RESTORE_BASE = "put the original base back, or start a new store for the new base"
 RETRAIN = "a fine-tune moves its base by a few percent; check that it was trained from this base"
 LOWER_SCALE = "lower finalize.scale, or use a base in bf16 or f32"
+
+
+def return_freed_memory() -> None:
+    """Have glibc hand large buffers back at once; kept and fragmented, they would add up."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MALLOC_MMAP_THRESHOLD, 1 << 20)
 
 
 def choose_device(name: str) -> torch.device:

@@ -80,7 +80,7 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
             files.rename_folder(part, inbox)
         reached("fetched")
     if row["step"] == "announced":
-        digest = weights.identity(single(inbox), merge.engine.beat)
+        digest = weights.identity(published(inbox, row), merge.engine.beat)
         if not digest.startswith(row["revision"]):
             files.remove_tree(inbox)
             raise TryAgain(
@@ -92,10 +92,10 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
     return row
 
 
-def single(folder: Path) -> Path:
-    """Give the one .safetensors file of a fine-tune that was published as a file, else the folder."""
-    names = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    return names[0] if len(names) == 1 and names[0].suffix == ".safetensors" else folder
+def published(folder: Path, row: Row) -> Path:
+    """Give a fetched fine-tune as it was published: a file where it was a file, else the folder."""
+    file = folder / str(row["name"])
+    return file if file.suffix == ".safetensors" and file.is_file() else folder
 
 
 def fold(merge: Merge, row: Row) -> Snapshot | None:
@@ -103,7 +103,7 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
     ledger, store, config = merge.ledger, merge.store, merge.config
     head = merge.head
     with stage(merge, "fold"), files.disk_errors("folding"):
-        inbox = single(store.inbox / str(row["id"]))
+        inbox = published(store.inbox / str(row["id"]), row)
         others = {
             r["digest"]
             for r in ledger.fine_tunes("pending", "awaiting_approval")

@@ -6,6 +6,7 @@ holder of the store's lock comes here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from streammerge.headers import find
 from streammerge.ledger import Ledger, now
 from streammerge.merging import Merge, added_globs, recipe_of, settings_of
 from streammerge.plan import Recipe, idle_globs
-from streammerge.weights import Weights
+from streammerge.weights import Weights, identity
 
 if TYPE_CHECKING:
     from streammerge.config import Config
@@ -47,10 +48,26 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
     merge = Merge(
         config, store, Ledger(store.ledger), engine, metrics, recipe, float(settings["base"]["norm"]), entries
     )
+    check_base(merge)
     recover(merge, forgiving=forgiving)
     if not methods.load(recipe.method).WEIGHTED and any(part.weight != 1.0 for part in config.sources):
         log.warning("config.weight_ignored", method=recipe.method)
     return merge
+
+
+def check_base(merge: Merge) -> None:
+    """Read the base again where its files are not those of the last start; another base is a ConfigError."""
+    paths = find(merge.recipe.base).files
+    facts = [(p.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in paths for s in [p.stat()]]
+    seen = hashlib.sha256(repr((str(merge.recipe.base), facts)).encode()).hexdigest()
+    if merge.ledger.fact("base") == seen:
+        return
+    if identity(merge.recipe.base, merge.engine.beat) != merge.recipe.base_digest:
+        raise ConfigError(
+            f"base {merge.recipe.base} is not the one the store {merge.store.root} was made with",
+            hint="put the original base back, or start a new store for the new base",
+        )
+    merge.ledger.set_fact("base", seen)
 
 
 def prepare_folder(config: Config) -> Store:

@@ -216,18 +216,23 @@ def fine_tune(row: Row) -> dict[str, Any]:
 
 def match_fine_tune(rows: list[Row], name: str) -> Row:
     """Choose among rows; an ambiguous name must say its source."""
-    exact = any(row["name"] == name for row in rows)  # a name may hold these signs itself
-    wanted, _, revision = (name, "", "") if exact else name.partition("@")
-    source, _, plain = ("", "", name) if exact else wanted.rpartition(":")
-    found = [
-        row for row in rows
-        if row["name"] == plain and source in ("", row["source"]) and row["revision"].startswith(revision)
-    ]  # fmt: skip
+    found: list[Row] = []
+    whole, _, ending = name.rpartition("@")
+    for wanted, revision in ((name, ""), (whole, ending)):  # a name may hold these signs itself
+        source, _, rest = wanted.partition(":")
+        for plain, owner in ((wanted, ""), (rest, source)):
+            found = found or [
+                row
+                for row in rows
+                if row["name"] == plain
+                and owner in ("", row["source"])
+                and row["revision"].startswith(revision)
+            ]
     if not found:
         raise StreammergeError(f"no fine-tune is called {name}", hint="`streammerge fine-tunes` lists them")
     if len({row["source"] for row in found}) > 1:
         sources = ", ".join(sorted({row["source"] for row in found}))
-        raise StreammergeError(f"{name} is published by {sources}", hint=f"write SOURCE:{plain}")
+        raise StreammergeError(f"{name} is published by {sources}", hint="write SOURCE:NAME")
     return max(found, key=lambda row: row["id"])
 
 

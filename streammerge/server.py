@@ -137,10 +137,10 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
-        except OSError as exc:
+        except (OSError, OverflowError) as exc:
             self._socket.close()
             raise ConfigError(
-                f"http.listen {host}:{port}: {exc.strerror}", hint="choose another port in http.listen"
+                f"http.listen {host}:{port}: {exc}", hint="choose another port in http.listen"
             ) from exc
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")

@@ -83,6 +83,7 @@ def test_a_stop_while_a_replaced_folder_is_watched(tmp_path: Path) -> None:
         until(lambda: len(site.served) == 2, "the second revision is folded")
         site.bring_back("model")
         daemon.look_again(2)
+        site.configure(source={"poll": "2s"})  # a changed source is watched anew
         daemon.reload()
         site.publish("next", 3)
         daemon.until_state(next="folded")

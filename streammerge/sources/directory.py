@@ -174,8 +174,9 @@ class Directory:
             return lambda: None
 
         def stop() -> None:
-            observer.stop()
-            with contextlib.suppress(RuntimeError):
+            # watchdog 7.1 raises KeyError for a folder that was replaced while it was watched
+            with contextlib.suppress(KeyError, OSError, RuntimeError):
+                observer.stop()
                 observer.join(timeout=5.0)
 
         return stop
