@@ -128,7 +128,7 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
     reached("told")
     finish(merge, row, "done", "")
     merge.metrics.told.labels(target.name, "ok").inc()
-    observe_latency(merge, target.name, path)
+    observe_latency(merge, target.name)
     log.info(
         "target.confirmed",
         target=target.name,
@@ -138,9 +138,8 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
     return True
 
 
-def observe_latency(merge: Merge, target: str, path: object) -> None:
+def observe_latency(merge: Merge, target: str) -> None:
     """Record the time from a fine-tune's publication to its being served."""
-    del path
     row = merge.ledger.row(
         "select max(published_at) as at from fine_tunes where state = 'folded' and version = "
         "(select version from outbox where target = ? and state = 'done' order by id desc limit 1)",
