@@ -109,6 +109,7 @@ class Engine:
         self.beat = beat
         self.progress = progress
         self._resident = Resident()
+        self._proven_base = ""  # stamp of the base as it was last read whole and found to be the store's
 
     def open_base(self, path: Path, added: tuple[str, ...]) -> tuple[Recipe, float]:
         """Read a base once: its digest, the kind of every weight, its norm.
@@ -167,10 +168,7 @@ class Engine:
                             for start, stop in element_panels(base.entries[name].elements):
                                 self._pass(base.read(name, start, stop))
                 hashes |= shard.hashes
-            if base.content_digest() != recipe.base_digest:
-                raise Damaged(
-                    f"base {recipe.base} is not the one this store was made with", hint=RESTORE_BASE
-                )
+            self._prove_base(recipe, base)
         totals = old.totals.after(measured.delta_norm, measured.state_norm, factor)
         hashes[STATISTICS] = write_statistics(old, out, measured.statistics, recipe.plan)
         if keep:
@@ -195,6 +193,12 @@ class Engine:
                 f"base {recipe.base} has other weights than the store was made with", hint=RESTORE_BASE
             )
         return base
+
+    def _prove_base(self, recipe: Recipe, base: Weights) -> None:
+        """Having read it whole: this is the base that the store was made with, or Damaged."""
+        if base.content_digest() != recipe.base_digest:
+            raise Damaged(f"base {recipe.base} is not the one this store was made with", hint=RESTORE_BASE)
+        self._proven_base = base.stamp
 
     def _keeps_state(self, recipe: Recipe, base: Weights) -> bool:
         """Decide whether the state stays in memory until the next fold."""
@@ -294,13 +298,16 @@ class Engine:
         """Write base + finalize(render(state)) to the empty folder `out` under the base's file names.
 
         Returns the sha256 of every file by name and the norm of the merged delta. Raises Refused where a
-        weight does not fit into the base's dtype.
+        weight does not fit into the base's dtype, Damaged where the base changed since it was folded.
         """
         self._settle_threads()
         hashes: dict[str, str] = {}
         squares = 0.0
         with ExitStack() as stack:
             base = stack.enter_context(self._open_base(recipe))
+            is_proven = base.stamp == self._proven_base
+            if not is_proven:
+                base = stack.enter_context(self._open_base(recipe, hashing=True))
             slots = self._open_slots(recipe, state, stack)
             for number, names in enumerate(plan.shards(base, dtype)):
                 declared = [(n, self._served_dtype(base, n, dtype), base.entries[n].shape) for n in names]
@@ -316,6 +323,8 @@ class Engine:
                             writer.write(name, served)
                             self.beat()
                 hashes[base.set.files[number].name] = writer.sha256
+            if not is_proven:
+                self._prove_base(recipe, base)
         return hashes, math.sqrt(squares)
 
     def _open_slots(self, recipe: Recipe, state: State, stack: ExitStack) -> dict[str, Weights | Resident]:

@@ -84,9 +84,7 @@ def find(path: Path) -> WeightsSet:
     if path.is_file():
         return WeightsSet((path,))
     if path.exists() and not path.is_dir():
-        raise Refused(
-            "malformed", f"{path.name} is no folder and no regular file", hint="give a model folder"
-        )
+        raise Refused("malformed", "it is no folder and no regular file", hint="give a model folder")
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     found = [name for name in names if name.endswith(".safetensors") and name not in SIDECARS]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
@@ -102,19 +100,16 @@ def find(path: Path) -> WeightsSet:
     if found:
         raise Refused(
             "malformed",
-            f"{path.name} holds {len(found)} .safetensors files and no index: {', '.join(found[:4])}",
+            f"it holds {len(found)} .safetensors files and no index: {', '.join(found[:4])}",
             hint="save it with an index (model.safetensors.index.json) or as one model.safetensors",
         )
     if pickles := [name for name in names if PICKLES.match(name)]:
         raise Refused(
             "pickle-only",
-            f"{path.name} has no safetensors, only {', '.join(pickles[:4])}; "
-            "pickled weights are never opened",
+            f"it has no safetensors, only {', '.join(pickles[:4])}; pickled weights are never opened",
             hint="save it again with safe_serialization=True (safetensors)",
         )
-    raise Incomplete(
-        f"{path.name} holds no .safetensors file yet", hint="copy the weights in, or remove the folder"
-    )
+    raise Incomplete("it holds no .safetensors file yet", hint="copy the weights in, or remove the folder")
 
 
 def _from_index(folder: Path, index_name: str) -> WeightsSet:

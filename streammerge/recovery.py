@@ -6,7 +6,6 @@ holder of the store's lock comes here.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING
 
@@ -57,9 +56,8 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
 
 def check_base(merge: Merge) -> None:
     """Read the base again where its files are not those of the last start; another base is a ConfigError."""
-    paths = find(merge.recipe.base).files
-    facts = [(p.name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p in paths for s in [p.stat()]]
-    seen = hashlib.sha256(repr((str(merge.recipe.base), facts)).encode()).hexdigest()
+    with Weights(find(merge.recipe.base)) as base:
+        seen = base.stamp
     if merge.ledger.fact("base") == seen:
         return
     if identity(merge.recipe.base, merge.engine.beat) != merge.recipe.base_digest:

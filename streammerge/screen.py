@@ -57,7 +57,7 @@ def examine(
     if path.is_dir() and (path / MARK).exists() and "own-merge" not in allow:
         raise Refused(
             "own-merge",
-            f"{path.name} holds {MARK}: it is a merge made by streammerge",
+            f"it holds {MARK}: it is a merge made by streammerge",
             hint="publish merges where no source of theirs looks",
         )
     return FineTune(path, base, plan, tolerance)

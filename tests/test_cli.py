@@ -121,7 +121,7 @@ def test_reading_beside_a_daemon_creates_nothing(tmp_path: Path, made: Site) -> 
         assert site.ask("status")["count"] == 2
         for words in READING[:8]:
             site.run(*words, "--json")
-        assert set(listing(site.store)) == names
+        assert set(listing(site.store)) <= names  # what was fetched goes once it is folded
 
 
 def test_reading_where_there_is_nothing(tmp_path: Path) -> None:

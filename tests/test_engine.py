@@ -12,7 +12,7 @@ from benches import PLAIN, bench, contents, equal, fine_tunes, merge
 from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, PROJECTED, SQUARE, TALL, WIDE
 
 from streammerge import finalize, methods, screen
-from streammerge.errors import Refused
+from streammerge.errors import Damaged, Refused
 from streammerge.headers import DTYPES, find
 from streammerge.state import STATISTICS
 from streammerge.weights import Weights, element_panels
@@ -39,6 +39,20 @@ def test_the_same_inputs_give_the_same_bytes(method: str, dtype: torch.dtype, tm
         found.append(contents(run.root))
     assert found[0] == found[1] == found[2] == found[3]
     assert len([name for name in found[0] if name.startswith("state-3/")]) == 3
+
+
+def test_a_base_that_changes_between_fold_and_render_is_noticed(tmp_path: Path) -> None:
+    """What is rendered is hashed where it is not the very file that was folded; the same content is fine."""
+    base = models.make_base(tmp_path / "base", dtype=torch.bfloat16)
+    run = bench(tmp_path / "run", tmp_path / "base")
+    run.fold(fine_tunes(tmp_path, base)[0])
+    file = tmp_path / "base" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content)
+    shutil.rmtree(run.render())
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(Damaged, match="not the one this store was made with"):
+        run.render()
 
 
 @pytest.mark.parametrize("shards", [2, 3])

@@ -33,61 +33,26 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 30.0
 
 
-@fine_tunes_app.command()
-def approve(
-    name: NameArgument,
-    config: ConfigOption = None,
-    *,
-    no_wait: NoWaitOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Let a fine-tune in that waits for approval, or that was denied, refused or quarantined."""
-    ask(
-        config,
-        "approve",
-        {"name": name},
-        no_wait=no_wait,
-        as_json=as_json,
-        say=lambda r: f"{r['name']} is {r['state']}",
-    )
+def _decide(verb: str, explanation: str) -> None:
+    """Make one of the commands that decide about a single fine-tune; they differ in their verb alone."""
+
+    @fine_tunes_app.command(verb, help=explanation)
+    def decide(
+        name: NameArgument,
+        config: ConfigOption = None,
+        *,
+        no_wait: NoWaitOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        def say(result: dict[str, Any]) -> str:
+            return f"{result['name']} is {result['state']}"
+
+        ask(config, verb, {"name": name}, no_wait=no_wait, as_json=as_json, say=say)
 
 
-@fine_tunes_app.command()
-def reject(
-    name: NameArgument,
-    config: ConfigOption = None,
-    *,
-    no_wait: NoWaitOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Keep a fine-tune out: its content is denied under any name."""
-    ask(
-        config,
-        "reject",
-        {"name": name},
-        no_wait=no_wait,
-        as_json=as_json,
-        say=lambda r: f"{r['name']} is {r['state']}",
-    )
-
-
-@fine_tunes_app.command()
-def retry(
-    name: NameArgument,
-    config: ConfigOption = None,
-    *,
-    no_wait: NoWaitOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Take a refused or quarantined fine-tune up again from the start."""
-    ask(
-        config,
-        "retry",
-        {"name": name},
-        no_wait=no_wait,
-        as_json=as_json,
-        say=lambda r: f"{r['name']} is {r['state']}",
-    )
+_decide("approve", "Let a fine-tune in that waits for approval, or that was denied, refused or quarantined.")
+_decide("reject", "Keep a fine-tune out: its content is denied under any name.")
+_decide("retry", "Take a refused or quarantined fine-tune up again from the start.")
 
 
 @app.command()
@@ -177,7 +142,8 @@ def ask(
     ledger = Ledger(store.ledger)
     number = ledger.ask(verb, arguments)
     if no_wait:
-        out.print(f"left for the daemon as command {number}")
+        waiting = {"command": number, "state": "pending"}
+        print_json(waiting) if as_json else out.print(f"left for the daemon as command {number}")
         return
     deadline = time.monotonic() + WAIT_SECONDS
     while (row := ledger.row("select * from commands where id = ?", number)) and row["state"] == "pending":
