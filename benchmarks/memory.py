@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ BOUND_MIB = 160
 BOUND_WEIGHTS = 8
 GROWTH = 1.05
 SHARD_BYTES = 256 * MIB
+SAMPLE_SECONDS = 0.01
 
 
 def shapes(gib: float, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -82,16 +84,27 @@ def write_model(folder: Path, table: dict[str, tuple[int, ...]], seed: int) -> N
 
 
 def peak_mib(argv: list[str]) -> tuple[float, float]:
-    """Run a program to its end: its peak resident set in MiB, and its seconds."""
+    """Run a program to its end: its peak resident set in MiB, and its seconds.
+
+    From /proc while it runs: what wait4 reports would count this process, from which it was started, too.
+    """
     started = time.monotonic()
     process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+    errors = tempfile.TemporaryFile()
+    peak = 0
     assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    os.set_blocking(process.stderr.fileno(), False)
+    while process.poll() is None:
+        errors.write(process.stderr.read() or b"")
+        with suppress(OSError, ValueError, IndexError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = int(status.split("VmHWM:")[1].split()[0])
+        time.sleep(SAMPLE_SECONDS)
+    errors.write(process.stderr.read() or b"")
     if process.returncode:
-        sys.exit(errors.decode())
-    return usage.ru_maxrss / 1024, time.monotonic() - started
+        errors.seek(0)
+        sys.exit(errors.read().decode())
+    return peak / 1024, time.monotonic() - started
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import torch
 from streammerge import finalize, linalg, methods, plan
 from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
 from streammerge.furnish import read_config
-from streammerge.headers import CODES, Incomplete, WeightsSet, find
+from streammerge.headers import CODES, DTYPES, Incomplete, WeightsSet, find
 from streammerge.methods import Arrival, Slots, Totals
 from streammerge.plan import Recipe
 from streammerge.state import (
@@ -231,24 +231,24 @@ class Engine:
         figures = []
         for start, stop in [(0, entry.elements)] if whole else element_panels(entry.elements):
             shape = entry.shape if whole else (stop - start,)
-            original = self._pass(base.read(name, start, stop)).to(self.device, torch.float32)
-            tuned = finetune.read(name, start, stop, self.device)
+            original = self._pass(base.read(name, start, stop)).to(self.device, torch.float32).reshape(shape)
             measured.base_squares += linalg.dot(original, original)
-            delta = torch.zeros_like(original) if tuned is None else self._pass(tuned).sub_(original)
-            del original, tuned
-            squares = linalg.dot(delta, delta)
+            delta = finetune.delta(name, start, stop, original)
+            del original
+            self.progress((stop - start) * DTYPES[entry.dtype].itemsize)
+            squares = linalg.squares(delta)
             if not math.isfinite(squares):
                 raise Refused(
                     "non-finite",
                     f"{name} holds NaN or infinite values",
                     hint="the training run diverged; publish a good checkpoint",
                 )
-            figures.append(statistics_of(delta.reshape(shape), kind, entry.shape, squares))
+            figures.append(statistics_of(delta, kind, entry.shape, squares))
             slots = {
                 slot: shard.read(slot, name, start, stop).to(self.device).reshape(shape)
                 for slot in method.SLOTS
             }
-            arrived = Arrival(name, cast("methods.Kind", kind), delta.reshape(shape), digest, factor)
+            arrived = Arrival(name, cast("methods.Kind", kind), delta, digest, factor)
             new = self._step(recipe, slots, shard.source, arrived, squares, measured)
             del delta, arrived
             for slot, values in new.items():

@@ -1,84 +1,77 @@
-"""Fetched files opened as deltas of the base, one weight at a time.
+"""Fetched files opened as deltas of the base, one weight at a time: full weights, or an adapter.
 
-Knows how a fine-tune's names, shapes and dtypes may differ from its base's and still mean the same weights:
-one common prefix more or less, another float dtype, a tied head saved beside its embedding. Everything else
-is refused with its own reason. Driven by the base's names and shapes alone: there is no table of
-architectures.
+What fits the base and how is `fit`'s; how an adapter's factors become a delta is `adapters`'.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from streammerge.errors import Refused
-from streammerge.headers import Entry, find, read_json
-from streammerge.plan import Plan, matches
+from streammerge.adapters import Adapter
+from streammerge.fit import fit, refuse_untied
+from streammerge.headers import find, read_json
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
 
     from torch import Tensor
 
-QUANTISED_DTYPES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2", "I32", "I16"})
-QUANTISED_PARTS = (
-    ".qweight",
-    ".qzeros",
-    ".scales",
-    ".absmax",
-    ".quant_state",
-    ".weight_scale",
-    ".SCB",
-    ".g_idx",
-)
-NAME_SHARE_OF_WRONG_BASE = 0.5
-MAX_PREFIX_PARTS = 4
+    from streammerge.fit import Tolerance
+    from streammerge.headers import Entry, WeightsSet
+    from streammerge.linalg import Delta
+    from streammerge.plan import Plan
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a fine-tune's weights stand for the base's.
+class FineTune(Protocol):
+    """An open fine-tune of the base."""
 
-    sources  base name -> the fine-tune's name for it
-    absent   floating-point base names the fine-tune lacks, allowed by configuration: their delta is zero
-    heads    fine-tune names that must be equal in bytes to another of its weights (tied, saved twice)
-    """
+    def __enter__(self) -> Self:
+        """Be closed at the end of the block."""
 
-    sources: Mapping[str, str]
-    absent: frozenset[str]
-    heads: Mapping[str, str]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+
+    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
+        """Give fine-tune minus base for elements [start, stop) of the base's weight `name`, float32.
+
+        original  the base's values as float32: in the weight's shape where it is projected, else flat;
+                  they may be overwritten
+        """
+
+    def finish(self) -> str:
+        """Read what no delta needed, make the last checks, and give the digest of all that was read."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """The `tensors:` section: globs over names."""
+def open_fine_tune(path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance) -> FineTune:
+    """Open fetched files and fit them to the base; raises Refused or headers.Incomplete."""
+    found = find(path)
+    if found.adapter is not None:
+        return Adapter(found, base, plan, tolerance)
+    config = read_json(path / "config.json") if path.is_dir() else {}
+    return FullWeights(found, config, base, plan, tolerance)
 
-    ignore_extra: tuple[str, ...] = ()
-    allow_missing: tuple[str, ...] = ()
 
+class FullWeights:
+    """A fine-tune published with all its weights."""
 
-class FineTune:
-    """An open full-weight fine-tune of `base`; `delta` reads any part of one weight's difference."""
-
-    def __init__(self, path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance) -> None:
-        """Open the files and fit them to the base; raises Refused or headers.Incomplete."""
-        found = find(path)
-        if found.is_adapter:
-            raise Refused(
-                "adapter",
-                f"{path.name} is an adapter; this release folds full weights",
-                hint="merge the adapter into its base model and publish that",
-            )
-        self.path = path
+    def __init__(
+        self,
+        found: WeightsSet,
+        config: Mapping[str, object],
+        base: Mapping[str, Entry],
+        plan: Plan,
+        tolerance: Tolerance,
+    ) -> None:
+        """Open the files and fit them to the base; `config` is the fine-tune's config.json."""
         self.weights = Weights(found, hashing=True)
         try:
-            config = read_json(path / "config.json") if path.is_dir() else {}
             self.fit = fit(base, self.weights.entries, config, plan, tolerance)
         except BaseException:
             self.weights.__exit__(None, None, None)
@@ -92,165 +85,17 @@ class FineTune:
     ) -> None:
         self.weights.__exit__(kind, error, trace)
 
-    def read(self, name: str, start: int, stop: int | None, device: torch.device) -> Tensor | None:
-        """Read the fine-tune's values for the base's weight `name` as float32; None where it may lack it."""
+    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
+        """See FineTune.delta."""
         if name in self.fit.absent:
-            return None
-        return self.weights.read(self.fit.sources[name], start, stop).to(device=device, dtype=torch.float32)
+            return torch.zeros_like(original)
+        tuned = self.weights.read(self.fit.sources[name], start, stop)
+        return tuned.to(device=original.device, dtype=torch.float32).reshape(original.shape).sub_(original)
 
     def finish(self) -> str:
-        """Read what no delta needed, check that tied heads repeat their embedding, give the digest."""
+        """See FineTune.finish; a tied head that was saved twice must repeat its embedding."""
         self.weights.read_rest()
         for head, embedding in self.fit.heads.items():
             if self.weights.tensor_digest(head) != self.weights.tensor_digest(embedding):
-                raise Refused(
-                    "untied-head",
-                    f"{head} differs from {embedding}, to which the base ties it",
-                    hint="a head trained apart from its embedding has no place in the base; "
-                    "tie it and publish again",
-                )
+                raise refuse_untied(head, embedding)
         return self.weights.content_digest()
-
-
-def fit(
-    base: Mapping[str, Entry],
-    found: Mapping[str, Entry],
-    config: Mapping[str, object],
-    plan: Plan,
-    tolerance: Tolerance,
-) -> Fit:
-    """Match a fine-tune's weights with the base's by name and shape, or raise Refused with the reason."""
-    rename = common_prefix(base, found)
-    sources = {theirs: name for name in found if (theirs := rename(name)) in base}
-    for second, first in plan.tied.items():  # one name of a tied pair is enough, whichever it is
-        if second in sources:
-            sources.setdefault(first, sources[second])
-    refuse_quantised(base, found, sources, config)
-    floating = [name for name, entry in base.items() if entry.is_floating and name not in plan.tied]
-    matched = [name for name in floating if name in sources]
-    if len(matched) < NAME_SHARE_OF_WRONG_BASE * len(floating):
-        raise Refused(
-            "wrong-base",
-            f"{len(matched)} of the base's {len(floating)} weights are in it; "
-            f"it has {min(found)}, the base {min(base)}",
-            hint="check base_model in its config or model card, or point another streammerge at that base",
-        )
-    refuse_shapes(base, found, sources)
-    heads = tied_heads(base, found, sources, plan, rename)
-    taken = {*sources.values(), *heads}
-    extra = [name for name in found if name not in taken and not matches(name, tolerance.ignore_extra)]
-    if extra:
-        raise Refused(
-            "unknown-weights",
-            f"{len(extra)} weights are not in the base, first {extra[0]}",
-            hint="if they may be left out, add a glob to tensors.ignore_extra",
-        )
-    missing = [name for name in floating if name not in sources]
-    if unexcused := [name for name in missing if not matches(name, tolerance.allow_missing)]:
-        raise Refused(
-            "missing-weights",
-            f"{len(unexcused)} of the base's weights are not in it, first {unexcused[0]}",
-            hint="publish the whole model, or add a glob to tensors.allow_missing to take them as unchanged",
-        )
-    return Fit(sources, frozenset(missing), heads)
-
-
-def refuse_quantised(
-    base: Mapping[str, Entry],
-    found: Mapping[str, Entry],
-    sources: Mapping[str, str],
-    config: Mapping[str, object],
-) -> None:
-    """Raise Refused for weights stored in fewer bits than a float has."""
-    odd = [s for name, s in sources.items() if found[s].dtype in QUANTISED_DTYPES and base[name].is_floating]
-    odd += [name for name in found if name.endswith(QUANTISED_PARTS) and name not in base]
-    if odd or config.get("quantization_config"):
-        what = f"{odd[0]} is" if odd else "config.json says the model is"
-        raise Refused(
-            "quantised",
-            f"{what} quantised; differences to the base's weights would be rounding noise",
-            hint="publish the fine-tune in bf16, f16 or f32",
-        )
-
-
-def common_prefix(base: Mapping[str, Entry], found: Mapping[str, Entry]) -> Renaming:
-    """Find the one prefix that the weights' names have more, or less, in the fine-tune than in the base.
-
-    Every name votes for each prefix that would make it match; the most common one wins if it fits more names
-    than no prefix at all.
-    """
-    votes: Counter[Renaming] = Counter()
-    for name in found:
-        votes.update(Renaming(drop=prefix) for prefix, rest in splits(name) if rest in base)
-    for name in base:
-        votes.update(Renaming(add=prefix) for prefix, rest in splits(name) if rest in found)
-    votes[Renaming()] = sum(name in base for name in found)
-    return max(votes, key=lambda renaming: (votes[renaming], renaming == Renaming()))
-
-
-def splits(name: str) -> Iterator[tuple[str, str]]:
-    """Cut a dotted name after each dot."""
-    parts = name.split(".")
-    return (
-        (".".join(parts[:n]) + ".", ".".join(parts[n:]))
-        for n in range(1, min(len(parts), MAX_PREFIX_PARTS + 1))
-    )
-
-
-@dataclass(frozen=True)
-class Renaming:
-    """Turns a fine-tune's name into the base's."""
-
-    drop: str = ""
-    add: str = ""
-
-    def __call__(self, name: str) -> str:
-        """Give the base's name; a name without the prefix that others have stands for itself."""
-        return self.add + name.removeprefix(self.drop)
-
-
-def refuse_shapes(base: Mapping[str, Entry], found: Mapping[str, Entry], sources: Mapping[str, str]) -> None:
-    """Raise Refused where a weight has another shape, or is no float where the base's is."""
-    odd = [n for n, source in sources.items() if base[n].is_floating and found[source].shape != base[n].shape]
-    if odd:
-        name = odd[0]
-        ours, theirs = base[name].shape, found[sources[name]].shape
-        grown = len(ours) == 2 and ours[1:] == theirs[1:]
-        vocabulary = all(base[n].shape[1:] == found[sources[n]].shape[1:] for n in odd) and grown
-        raise Refused(
-            "vocab-resized" if vocabulary else "wrong-shape",
-            f"{len(odd)} of {len(base)} weights do not fit; "
-            f"first is {name}, {list(theirs)} where the base has {list(ours)}",
-            hint="a vocabulary that was resized cannot be folded; publish it with the base's"
-            if vocabulary
-            else "check base_model in its config.json, or point another streammerge at that base",
-        )
-    for name, source in sources.items():
-        if base[name].is_floating and not found[source].is_floating:
-            raise Refused(
-                "unsupported-dtype",
-                f"{name} is stored as {found[source].dtype} where the base has {base[name].dtype}",
-                hint="publish the fine-tune in bf16, f16 or f32",
-            )
-
-
-def tied_heads(
-    base: Mapping[str, Entry],
-    found: Mapping[str, Entry],
-    sources: Mapping[str, str],
-    plan: Plan,
-    rename: Renaming,
-) -> dict[str, str]:
-    """List weights that only repeat another one: fine-tune name -> the fine-tune name it must equal.
-
-    A name the base keeps tied, or one that only the fine-tune has where the base declares tied embeddings.
-    """
-    heads = {
-        sources[name]: sources[to] for name, to in plan.tied.items() if name in sources and to in sources
-    }
-    if plan.embedding in sources:
-        like = found[sources[plan.embedding]]
-        for name, entry in found.items():
-            if rename(name) not in base and (entry.dtype, entry.shape) == (like.dtype, like.shape):
-                heads[name] = like.name
-    return heads

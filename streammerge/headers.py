@@ -13,11 +13,14 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from streammerge.errors import Refused, TryAgain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 32 << 20
@@ -36,6 +39,14 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Keys of adapter_config.json that change what an adapter's weights mean; all others say how it came about.
+ADAPTER_SETTINGS = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "fan_in_fan_out", "init_lora_weights", "use_qalora", "use_bdlora", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config", "loftq_config",
+)  # fmt: skip
 SIDECARS = frozenset({"gram.safetensors", "fisher.safetensors"})
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|ot|onnx|gguf)(\.index\.json)?$")
 
@@ -68,10 +79,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class WeightsSet:
-    """The files that hold a model's weights, and which sort they are."""
+    """The files that hold a model's weights, and which sort they are.
+
+    `adapter` holds, for an adapter's weights, those keys of its configuration that change what they mean;
+    None for a model's.
+    """
 
     files: tuple[Path, ...]
-    is_adapter: bool = False
+    adapter: Mapping[str, Any] | None = None
     index: str = ""
 
 
@@ -92,9 +107,10 @@ def find(path: Path) -> WeightsSet:
         return _from_index(
             path, "model.safetensors.index.json" if "model.safetensors.index.json" in indexes else indexes[0]
         )
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        if name in found:
-            return WeightsSet((path / name,), is_adapter=name.startswith("adapter"))
+    if "model.safetensors" in found:
+        return WeightsSet((path / "model.safetensors",))
+    if ADAPTER_WEIGHTS in found:
+        return WeightsSet((path / ADAPTER_WEIGHTS,), adapter=_adapter_settings(path / ADAPTER_CONFIG))
     if len(found) == 1:
         return WeightsSet((path / found[0],))
     if found:
@@ -110,6 +126,16 @@ def find(path: Path) -> WeightsSet:
             hint="save it again with safe_serialization=True (safetensors)",
         )
     raise Incomplete("it holds no .safetensors file yet", hint="copy the weights in, or remove the folder")
+
+
+def _adapter_settings(path: Path) -> dict[str, Any]:
+    """Read what an adapter's weights mean; Incomplete while its configuration is not there yet."""
+    if not path.exists():
+        raise Incomplete(
+            f"{ADAPTER_WEIGHTS} is there, {path.name} is not", hint=f"copy {path.name} in beside the weights"
+        )
+    config = read_json(path)
+    return {key: config[key] for key in ADAPTER_SETTINGS if config.get(key)}
 
 
 def _from_index(folder: Path, index_name: str) -> WeightsSet:

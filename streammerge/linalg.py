@@ -4,13 +4,16 @@ Knows matrices, not models. Matrices are float32; what is summed over many eleme
 panel by panel, so that no float64 copy of a whole weight and no n x n matrix for a wide weight is ever made.
 
 Letters: D running sum, X new delta, U and s left singular vectors and singular values of D, r split rank, all
-oriented so that m <= n (`lying`), because every formula here commutes with transposition.
+oriented so that m <= n (`lying`), because every formula here commutes with transposition. A delta may be a
+matrix or two thin factors of one (`LowRank`), which are not multiplied out where the formula can do without.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -24,6 +27,67 @@ PANEL_ELEMENTS = 1 << 21
 FLOAT32_EPSILON = 1.1920929e-07
 POWER_ITERATIONS = 64
 POWER_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix [m, n] as left [m, r] @ right [r, n], float32; r may be 0, which is the zero matrix."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[m, n]."""
+        return torch.Size((self.left.shape[0], self.right.shape[1]))
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802 -- torch's own name for it
+        """The transposed matrix."""
+        return LowRank(self.right.T, self.left.T)
+
+
+Delta = torch.Tensor | LowRank
+Oriented = TypeVar("Oriented", torch.Tensor, LowRank, Delta)
+
+
+def dense(delta: Delta) -> Tensor:
+    """Multiply the factors out."""
+    return delta.left @ delta.right if isinstance(delta, LowRank) else delta
+
+
+def is_zero(delta: Delta) -> bool:
+    """Whether every element is exactly zero."""
+    return squares(delta) == 0.0 if isinstance(delta, LowRank) else not bool(delta.any())
+
+
+def squares(delta: Delta) -> float:
+    """||delta||_F^2 in float64; of factors by their Gram matrices: tr((L^T L) (R R^T))."""
+    if isinstance(delta, LowRank):
+        found = float((cross(delta.left.T, delta.left.T) * cross(delta.right, delta.right)).sum())
+        return found if math.isnan(found) else max(found, 0.0)
+    return dot(delta, delta)
+
+
+def inner(delta: Delta, matrix: Tensor) -> float:
+    """<delta, matrix>; of factors as <L^T matrix, R>."""
+    if isinstance(delta, LowRank):
+        return dot(delta.left.T @ matrix, delta.right)
+    return dot(delta, matrix)
+
+
+def times(matrix: Tensor, delta: Delta) -> Tensor:
+    """Matrix product matrix @ delta."""
+    return (matrix @ delta.left) @ delta.right if isinstance(delta, LowRank) else matrix @ delta
+
+
+def plus(matrix: Tensor, delta: Delta, *, scale: float = 1.0, factor: float = 1.0) -> Tensor:
+    """Give scale * matrix + factor * delta as a new matrix."""
+    if isinstance(delta, LowRank):
+        return torch.addmm(matrix, delta.left, delta.right, beta=scale, alpha=factor)
+    if scale == 1.0:
+        return torch.add(matrix, delta, alpha=factor)
+    return torch.add(delta if factor == 1.0 else factor * delta, matrix, alpha=scale)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -41,7 +105,7 @@ def dot(a: Tensor, b: Tensor) -> float:
     )
 
 
-def lying(matrix: Tensor) -> Tensor:
+def lying(matrix: Oriented) -> Oriented:
     """View a matrix with its smaller side first; applied twice it is the identity."""
     return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
 
@@ -82,17 +146,27 @@ def split_rank(s: Tensor, alpha: float) -> int:
     return min(int((s.cumsum(0) <= alpha * s.sum()).sum()), s.numel() - 1)
 
 
-def statistics(delta: Tensor) -> tuple[float, float, float]:
+def statistics(delta: Delta) -> tuple[float, float, float]:
     """||delta||_F, ||delta^T delta||_F and the largest singular value of a matrix [m, n] float32."""
-    norm = dot(delta, delta) ** 0.5
+    norm = squares(delta) ** 0.5
     if norm == 0.0:
         return 0.0, 0.0, 0.0
+    if isinstance(delta, LowRank):
+        s = singular_values(delta)
+        return norm, float(s.square().square().sum()) ** 0.5, float(s[0])
     wide = lying(delta)
     unit = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float32, device=delta.device)
     for cut in panels(wide.shape[1], wide.shape[0]):
         panel = wide[:, cut] / norm  # of norm 1, so that squares of tiny deltas stay in range
         unit.addmm_(panel, panel.T)
     return norm, norm**2 * dot(unit, unit) ** 0.5, norm * largest_eigenvalue(unit) ** 0.5
+
+
+def singular_values(delta: LowRank) -> Tensor:
+    """Singular values [min(m, n, r)] float64, largest first: those of the factors' triangular parts."""
+    left, right = (torch.linalg.qr(part.double(), mode="r").R for part in (delta.left, delta.right.T))
+    values: Tensor = torch.linalg.svdvals(left @ right.T)
+    return values
 
 
 def largest_eigenvalue(gram: Tensor) -> float:

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from streammerge import files, finalize, methods, plan, screen
 from streammerge.engine import Engine, Measured
 from streammerge.errors import ConfigError, Refused
-from streammerge.finetune import Tolerance
+from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import card, manifest_of
 from streammerge.merging import added_globs, open_base_headers

@@ -16,7 +16,7 @@ import structlog
 from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
 from streammerge.collect import tidy
 from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain
-from streammerge.finetune import Tolerance
+from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.ledger import now
 from streammerge.lineage import card, manifest_of

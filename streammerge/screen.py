@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.engine import RETRAIN
 from streammerge.errors import Refused
-from streammerge.finetune import FineTune, Tolerance
+from streammerge.finetune import FineTune, open_fine_tune
 from streammerge.furnish import MARK
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.engine import Measured
+    from streammerge.fit import Tolerance
     from streammerge.headers import Entry
     from streammerge.plan import Plan
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
-    "adapter": "an adapter; this release folds full weights",
     "denied": "taken out by a rollback or rejected by a person",
     "duplicate": "the same content is folded or waiting already",
     "empty": "a file without weights",
@@ -41,6 +41,7 @@ REASONS = {
     "quantised": "stored in fewer bits than a float has",
     "symlink": "a symbolic link, which the source does not follow",
     "unknown-weights": "weights that the base does not have",
+    "unsupported-adapter": "an adapter whose delta is not known exactly",
     "unsupported-dtype": "integers where the base has floats",
     "untied-head": "a head that differs from the embedding it is tied to",
     "vocab-resized": "a vocabulary of another size",
@@ -60,7 +61,7 @@ def examine(
             f"it holds {MARK}: it is a merge made by streammerge",
             hint="publish merges where no source of theirs looks",
         )
-    return FineTune(path, base, plan, tolerance)
+    return open_fine_tune(path, base, plan, tolerance)
 
 
 def refuse_known(digest: str, *, folded: Container[str], denied: Container[str]) -> None:

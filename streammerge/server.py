@@ -129,19 +129,24 @@ def table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> s
 class Server:
     """Serves an app on its own thread from the moment it is made until `stop`."""
 
-    def __init__(self, app: Starlette, address: tuple[str, int]) -> None:
-        """Bind the port at once: a taken port is a ConfigError before anything else starts."""
+    def __init__(self, app: Starlette, address: tuple[str, int], *, setting: str = "http.listen") -> None:
+        """Bind the port at once: a taken port is a ConfigError before anything else starts.
+
+        Port 0 is any free one, `address` has it then; `setting` is where a person would change it.
+        """
         host, port = address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        # Named as TCP, or asyncio would not turn Nagle's algorithm off, which holds answers back for 40 ms.
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
         except (OSError, OverflowError) as exc:
             self._socket.close()
             raise ConfigError(
-                f"http.listen {host}:{port}: {exc}", hint="choose another port in http.listen"
+                f"{setting} {host}:{port}: {exc}", hint=f"choose another port in {setting}"
             ) from exc
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none")
         )

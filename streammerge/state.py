@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from streammerge.linalg import Delta
     from streammerge.methods import Totals
 
 STATISTICS = "statistics.safetensors"
@@ -186,7 +187,7 @@ def damage_of(found: Weights, state: State, file_name: str) -> Damaged | None:
 
 
 def statistics_of(
-    delta: Tensor, kind: str, shape: tuple[int, ...], squares: float
+    delta: Delta, kind: str, shape: tuple[int, ...], squares: float
 ) -> tuple[float, float, float]:
     """Figures of one weight's delta that `finalize` and the screens need and that cannot be had later."""
     if kind == plan.PROJECTED:

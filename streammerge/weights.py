@@ -123,9 +123,9 @@ class Weights:
                     beat()
 
     def content_digest(self) -> str:
-        """Identify the model by the name, dtype, shape and bytes of every weight.
+        """Identify the model by the name, dtype, shape and bytes of every weight, and an adapter's settings.
 
-        All of them must have been read.
+        All weights must have been read.
         """
         assert self._hashes is not None
         lines = []
@@ -133,6 +133,8 @@ class Weights:
             running = self._hashes.get(name, _Running())
             assert running.position == entry.elements, f"{name} was not read to its end"
             lines.append(f"{name}\0{entry.dtype}\0{list(entry.shape)}\0{running.sha256.hexdigest()}\n")
+        if self.set.adapter is not None:
+            lines.append(json.dumps(self.set.adapter, sort_keys=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def file_digest(self) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from streammerge import finalize, methods, offline, screen
 from streammerge.engine import Engine
-from streammerge.finetune import Tolerance
+from streammerge.fit import Tolerance
 from streammerge.headers import find
 from streammerge.methods import Totals
 from streammerge.plan import DEFAULT_ADDED, Recipe

@@ -37,7 +37,7 @@ FOLDS = textwrap.dedent(
     from dataclasses import replace
     from streammerge import finalize, headers, methods, plan, screen, weights
     from streammerge.engine import Engine
-    from streammerge.finetune import Tolerance
+    from streammerge.fit import Tolerance
     from streammerge.state import State
 
     engine = Engine(device="cpu", threads=1, residency="disk")

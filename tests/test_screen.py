@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ import pytest
 import torch
 from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, SQUARE, TALL, WIDE
 
-from streammerge import finetune, plan, screen
+from streammerge import plan, screen
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused
-from streammerge.finetune import Tolerance
+from streammerge.fit import Tolerance, fit
 from streammerge.furnish import MARK
 from streammerge.headers import Entry, Incomplete, find
 from streammerge.methods import Totals
@@ -205,14 +204,6 @@ def test_our_own_merges_are_refused(toy: Bench) -> None:
     toy.screen(toy.folder / "ft", allow={"own-merge"})
 
 
-def test_an_adapter_is_refused_as_such(toy: Bench) -> None:
-    """An adapter gets its own reason: what to do with it is another thing."""
-    (toy.folder / "ft").mkdir()
-    models.save(toy.folder / "ft" / "adapter_model.safetensors", {"lora_A.weight": torch.ones(4, 16)})
-    (toy.folder / "ft" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    assert toy.refuse(toy.folder / "ft").reason == "adapter"
-
-
 def test_a_configuration_that_says_quantised_is_believed(toy: Bench) -> None:
     """quantization_config in config.json refuses weights that look like floats."""
     config = {**models.CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
@@ -304,9 +295,9 @@ def test_screening_takes_linear_time() -> None:
     kinds = plan.Plan(dict.fromkeys(base, plan.PROJECTED))
     hostile = {f"{i}.{names[-1]}": base[name] for i, name in enumerate(names)}
     started = time.process_time()
-    assert len(finetune.fit(base, base, {}, kinds, STRICT).sources) == 6_000
+    assert len(fit(base, base, {}, kinds, STRICT).sources) == 6_000
     with pytest.raises(Refused):
-        finetune.fit(base, hostile, {}, kinds, STRICT)
+        fit(base, hostile, {}, kinds, STRICT)
     assert time.process_time() - started < 1.5
 
 

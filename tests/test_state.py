@@ -15,7 +15,7 @@ from models import BIAS, BUFFER, EMBEDDING, NORM, PROJECTED, SQUARE, TALL, WIDE
 from streammerge import finalize, screen
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged, Stopped, StreammergeError
-from streammerge.finetune import Tolerance
+from streammerge.fit import Tolerance
 from streammerge.headers import find
 from streammerge.state import STATISTICS
 from streammerge.weights import Weights

@@ -188,7 +188,7 @@ def publish_refused(site: Site) -> dict[str, str]:
     models.make_fine_tune(staging / "implausible", base, seed=78, size=3.0)
     models.save(staging / "adapter", {"q_proj.lora_A.weight": torch.ones(2, 16)})
     (staging / "adapter" / "model.safetensors").rename(staging / "adapter" / "adapter_model.safetensors")
-    (staging / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (staging / "adapter" / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     (staging / "pickled").mkdir()
     (staging / "pickled" / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(site.root / "sprung")))
     (staging / "garbage").mkdir()
@@ -202,7 +202,8 @@ def publish_refused(site: Site) -> dict[str, str]:
         "renamed": "wrong-base", "extra": "unknown-weights", "lacking": "missing-weights",
         "integers": "unsupported-dtype", "eight-bit": "quantised", "empty": "empty",
         "unchanged": "zero-delta", "implausible": "implausible",
-        "adapter": "adapter", "pickled": "pickle-only", "garbage": "malformed", "own": "own-merge",
+        "adapter": "unsupported-adapter", "pickled": "pickle-only", "garbage": "malformed",
+        "own": "own-merge",
         "again": "duplicate", "link": "symlink",
     }  # fmt: skip
     for name in expected:

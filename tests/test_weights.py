@@ -108,11 +108,12 @@ def test_what_is_in_the_folder_decides_which_files_are_read(tmp_path: Path) -> N
     save_file(one, tmp_path / "weights.safetensors")
     assert find(tmp_path).files == (tmp_path / "weights.safetensors",)
     save_file(one, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_dropout": 0.1}')
     assert find(tmp_path).files == (tmp_path / "adapter_model.safetensors",)
-    assert find(tmp_path).is_adapter
+    assert find(tmp_path).adapter == {"peft_type": "LORA", "r": 4}
     save_file(one, tmp_path / "model.safetensors")
     assert find(tmp_path).files == (tmp_path / "model.safetensors",)
-    assert not find(tmp_path).is_adapter
+    assert find(tmp_path).adapter is None
     (tmp_path / models.INDEX).write_text('{"weight_map": {"w": "weights.safetensors"}}')
     assert find(tmp_path).files == (tmp_path / "weights.safetensors",)
     assert find(tmp_path / "model.safetensors").files == (tmp_path / "model.safetensors",)

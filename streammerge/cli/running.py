@@ -1,4 +1,4 @@
-"""Commands that work: the daemon and a look at its health, a merge without it, the demo; and the version."""
+"""Commands that work: the daemon and a look at its health, a merge without it, demo, dev-hub; the version."""
 
 from __future__ import annotations
 
@@ -133,6 +133,53 @@ def demo(
 
     names = (Path("streammerge-demo" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
     show.run(folder or next(path for path in names if not path.exists()), console=out)
+
+
+@app.command()
+def dev_hub(
+    folder: Annotated[
+        Path, typer.Option(help="Where repositories are kept; made if it is not there.")
+    ] = Path("hub"),
+    listen: Annotated[str, typer.Option(help="address:port")] = "127.0.0.1:8090",
+    token: Annotated[
+        str | None, typer.Option(help="Needed then to write, and to read what is private or gated.")
+    ] = None,
+) -> None:
+    """Serve a folder as a small Hugging Face Hub, for tests and trials offline, until Ctrl-C or SIGTERM."""
+    import signal
+    import threading
+
+    from streammerge.devhub import DevHub
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        hub = DevHub(folder, listen=parse_address(listen), token=token)
+    except OSError as exc:
+        raise ConfigError(f"--folder {folder}: {exc}", hint="name a folder that can be written to") from exc
+    with hub:
+        out.print(f"{folder} is a Hub now. Have clients use it:\n", soft_wrap=True)
+        out.print(f"  export HF_ENDPOINT={hub.url}")
+        out.print("  export HF_HUB_DISABLE_XET=1     # for uploads")
+        if token is not None:
+            out.print("  export HF_TOKEN=…               # the one given to --token")
+        out.print(
+            "\nFaults and the account of requests are below /_dev/, see docs/dev-hub.md. Ctrl-C ends it."
+        )
+        stopped.wait()
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Read address:port as the configuration would."""
+    from pydantic import ValidationError
+
+    try:
+        return configuration.Http(listen=text).address
+    except ValidationError as exc:
+        raise ConfigError(
+            f"--listen {text}: no address:port", hint="write for example --listen 127.0.0.1:8090"
+        ) from exc
 
 
 @app.command()

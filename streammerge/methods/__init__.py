@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from streammerge.linalg import Delta
+
 NAMES = ("opcm", "average", "task_arithmetic")
 DEFAULT = "opcm"
 
@@ -45,14 +47,15 @@ Kind = Literal["projected", "added"]
 class Arrival:
     """One weight of the fine-tune that is folded now.
 
-    delta   fine-tune minus base, float32, the base's shape (or one panel of it, flat, where kind is "added")
+    delta   fine-tune minus base, float32, the base's shape (or one panel of it, flat, where kind is "added");
+            an adapter's projected weight comes as linalg.LowRank, two factors that linalg's functions take
     digest  of the whole fine-tune; seeds whatever a method draws at random
     factor  the weight a person gave this fine-tune (1.0 unless configured)
     """
 
     name: str
     kind: Kind
-    delta: Tensor
+    delta: Delta
     digest: str
     factor: float = 1.0
 

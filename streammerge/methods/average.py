@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from streammerge import linalg
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,13 +21,13 @@ WEIGHTED = True
 
 
 def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta, times its weight, to the running sum. sum and delta: any one shape, float32."""
-    return {"sum": torch.add(slots["sum"], arrival.delta, alpha=arrival.factor)}
+    """Add a delta, times its weight, to the running sum. sum and delta: one shape, float32."""
+    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=arrival.factor)}
 
 
 def unfold(slots: Slots, arrival: Arrival) -> Slots:
     """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": torch.sub(slots["sum"], arrival.delta, alpha=arrival.factor)}
+    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-arrival.factor)}
 
 
 def join(slots: Slots, others: Slots) -> Slots:

@@ -22,6 +22,7 @@ from streammerge import linalg
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammerge.linalg import Delta
     from streammerge.methods import Arrival, Slots, Totals
 
 SLOTS = {"sum": torch.float32}
@@ -49,7 +50,7 @@ def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "sc
     """Add to the running sum the part of a delta that leaves earlier fine-tunes' directions alone.
 
     slots["sum"]   [out, in] float32, on the delta's device; zeros before the first fine-tune
-    arrival.delta  [out, in] float32; a weight that is not projected is added whole
+    arrival.delta  [out, in] float32, or its factors; a weight that is not projected is added whole
     alpha          0 <= alpha < 1, share of the sum's singular-value mass whose directions are protected
     tail           what happens to the component along the rest of the sum: "scalar" removes the one multiple
                    of the rest that makes the contribution orthogonal to the sum; "diagonal" removes each
@@ -60,11 +61,11 @@ def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "sc
     """
     running, delta = slots["sum"], arrival.delta
     if arrival.kind == "added":
-        return {"sum": running + delta}
-    if not bool(delta.any()):
+        return {"sum": linalg.plus(running, delta)}
+    if linalg.is_zero(delta):
         return {"sum": running}
     if not bool(running.any()):
-        return {"sum": delta}
+        return {"sum": linalg.dense(delta)}
     if "values" not in slots:
         slots = prepare(slots, alpha=alpha, tail=tail)
     step = _diagonal_step if tail == "diagonal" else _block_step
@@ -72,7 +73,7 @@ def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "sc
     return {"sum": (new if new.shape == running.shape else new.T).contiguous()}
 
 
-def _block_step(running: Tensor, delta: Tensor, slots: Slots, alpha: float, *, remove_tail: bool) -> Tensor:
+def _block_step(running: Tensor, delta: Delta, slots: Slots, alpha: float, *, remove_tail: bool) -> Tensor:
     """D + B - b D_tail, with B = X - U_r (U_r^T X V_r) V_r^T and b = <B, D_tail> / ||D_tail||^2.
 
     Written with Z = U_r^T D [r, n] and Y = U_r^T X [r, n], so that V is never formed:
@@ -80,27 +81,25 @@ def _block_step(running: Tensor, delta: Tensor, slots: Slots, alpha: float, *, r
     """
     s, vectors = slots["values"], slots["directions"]
     r = linalg.split_rank(s, alpha)
-    z, y = vectors.T @ running, vectors.T @ delta
+    z, y = vectors.T @ running, linalg.times(vectors.T, delta)
     core = linalg.cross(y, z) / s[:r].square()
     b = 0.0
     if remove_tail:
-        b = (linalg.dot(delta, running) - linalg.dot(y, z)) / float(s[r:].square().sum())
+        b = (linalg.inner(delta, running) - linalg.dot(y, z)) / float(s[r:].square().sum())
         b = b if abs(b) < LARGEST_MULTIPLE else 0.0
         core.diagonal().sub_(b)
-    new = torch.add(delta, running, alpha=1.0 - b)
+    new = linalg.plus(running, delta, scale=1.0 - b)
     return new.addmm_(vectors, core.float() @ z, alpha=-1.0)
 
 
-def _diagonal_step(
-    running: Tensor, delta: Tensor, slots: Slots, alpha: float, *, remove_tail: bool
-) -> Tensor:
+def _diagonal_step(running: Tensor, delta: Delta, slots: Slots, alpha: float, *, remove_tail: bool) -> Tensor:
     """D + X - U_r (U_r^T X V_r) V_r^T - sum_{r <= i < q} (u_i^T X v_i) u_i v_i^T, in float64.
 
     One-sided: with N = U^T X D^T U and K = N S^-2 restricted to its leading block and the diagonal, what is
     removed equals (U K U^T) D; only [m, m] matrices and panels of D and X are held in float64.
     """
     assert remove_tail
-    s, vectors = slots["values"], slots["directions"]
+    s, vectors, delta = slots["values"], slots["directions"], linalg.dense(delta)
     r = linalg.split_rank(s, alpha)
     k = vectors.T @ linalg.cross(delta, running) @ vectors
     k /= s.square()
