@@ -90,20 +90,18 @@ def peak_mib(argv: list[str]) -> tuple[float, float]:
     """
     started = time.monotonic()
     process = subprocess.Popen(argv, stderr=subprocess.PIPE)
-    errors = tempfile.TemporaryFile()
-    peak = 0
+    errors, peak = bytearray(), 0
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
     while process.poll() is None:
-        errors.write(process.stderr.read() or b"")
+        errors += process.stderr.read() or b""
         with suppress(OSError, ValueError, IndexError):
             status = Path(f"/proc/{process.pid}/status").read_text()
             peak = int(status.split("VmHWM:")[1].split()[0])
         time.sleep(SAMPLE_SECONDS)
-    errors.write(process.stderr.read() or b"")
+    errors += process.stderr.read() or b""
     if process.returncode:
-        errors.seek(0)
-        sys.exit(errors.read().decode())
+        sys.exit(errors.decode())
     return peak / 1024, time.monotonic() - started
 
 
