@@ -11,86 +11,20 @@ import os
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from streammerge.errors import ConfigError
+from streammerge.quantities import Duration, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
 PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
-UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-UNIT_BYTES = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_duration(value: object) -> float:
-    """Read "30s", "5m", "1h30m" or a number of seconds."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
-    else:
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", str(value))
-        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", "", str(value)).strip():
-            raise ValueError(f"{value!r} is no duration; write for example 30s, 5m or 24h")
-        seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
-    if seconds < 0:
-        raise ValueError("a duration cannot be negative")
-    return seconds
-
-
-def parse_size(value: object) -> int:
-    """Read "20GiB", "500 MB" or a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", str(value), re.IGNORECASE)
-    if isinstance(value, bool) or not match:
-        raise ValueError(f"{value!r} is no size; write for example 20GiB or 500MB")
-    return int(float(match[1]) * UNIT_BYTES[(match[2] or "B").upper()])
-
-
-def write_duration(seconds: float) -> str:
-    """Write seconds as the shortest text that reads back the same."""
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds and seconds % length == 0:
-            return f"{int(seconds / length)}{unit}"
-    return f"{seconds:g}s"
-
-
-def write_size(size: int) -> str:
-    """Write bytes as the largest binary unit that reads back the same."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if size and size % UNIT_BYTES[unit.upper()] == 0:
-            return f"{size // UNIT_BYTES[unit.upper()]}{unit}"
-    return f"{size}B"
-
-
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration, json_schema_input_type=str | float),
-    PlainSerializer(write_duration, return_type=str),
-]
-Size = Annotated[
-    int,
-    BeforeValidator(parse_size, json_schema_input_type=str | int),
-    PlainSerializer(write_size, return_type=str),
-]
 
 
 class Section(BaseModel):
@@ -136,6 +70,67 @@ class DirectorySource(Section):
         description="names that are no fine-tunes, as globs",
     )
     follow_symlinks: bool = Field(default=False, description="whether links in the folder are followed")
+
+
+RepoId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$", max_length=200)]
+
+
+class HubSource(Section):
+    """Repositories of a Hugging Face Hub: by the base they descend from, by owner, or one by one."""
+
+    type: Literal["hub"]
+    name: Name = Field(description="how the source is called in status, logs and metrics")
+    base_models: tuple[RepoId, ...] = Field(
+        default=(), description="ORG/NAME whose descendants are looked for; `base` itself where that is hf://"
+    )
+    relations: tuple[Literal["finetune", "adapter"], ...] = Field(
+        default=("finetune", "adapter"), min_length=1, description="which descendants"
+    )
+    authors: tuple[str, ...] = Field(default=(), description="users and organisations, all of their models")
+    repos: tuple[RepoId, ...] = Field(default=(), description="single repositories")
+    names: tuple[str, ...] = Field(default=("*",), description="globs of ORG/NAME, one of which must match")
+    ignore: tuple[str, ...] = Field(default=(), description="globs of ORG/NAME that are left out")
+    tags: tuple[str, ...] = Field(default=(), description="tags a repository must all have")
+    without_tags: tuple[str, ...] = Field(default=(), description="tags it must not have")
+    min_age: Duration = Field(
+        default=0.0, description="how long a revision must be public before it is taken"
+    )
+    max_per_day: int | None = Field(
+        default=None, ge=1, description="how many are taken in any 24 hours; the others wait their turn"
+    )
+    max_bytes: Size | None = Field(default=None, description="larger ones are left out")
+    gated: Literal["try", "ignore"] = Field(default="try", description="repositories that ask for consent")
+    private: Literal["try", "ignore"] = Field(default="try", description="repositories only a token sees")
+    token_file: Path | None = Field(
+        default=None, description="file with the token; else the systemd credential hf-token, else HF_TOKEN"
+    )
+    endpoint: str | None = Field(
+        default=None, pattern=r"^https?://", description="another Hub than HF_ENDPOINT or huggingface.co"
+    )
+    timeout: Duration = Field(default=10.0, gt=0, description="for a connection, and for the next bytes")
+    poll: Duration = Field(default=300.0, gt=0, description="how often it is asked for what is new")
+    first_run: Literal["fold", "ignore"] | Since = Field(
+        description="what to do with those there at the first look; must be said"
+    )
+    weight: float = Field(
+        default=1.0, gt=0, description="weight of its fine-tunes, where the method has weights"
+    )
+
+
+SourceSection = Annotated[DirectorySource | HubSource, Field(discriminator="type")]
+HUB_ADDRESS = re.compile(
+    r"hf://(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(?:@(?P<revision>[A-Za-z0-9_./-]+))?"
+)
+
+
+def parse_base(value: object) -> object:
+    """Take hf://ORG/NAME[@REVISION] as it is and anything else as a path."""
+    text = str(value)
+    if not text.startswith("hf:"):
+        return Path(value) if isinstance(value, str) else value
+    if not HUB_ADDRESS.fullmatch(text):
+        raise ValueError(f"{text!r} is no address on the Hub; write hf://ORG/NAME@REVISION")
+    return text
 
 
 class ExecTarget(Section):
@@ -184,6 +179,9 @@ class Http(Section):
     """The one port: status, JSON, metrics, health."""
 
     listen: str = Field(default="127.0.0.1:9478", pattern=r"^.+:\d{1,5}$", description="address:port")
+    hub_secret_file: Path | None = Field(
+        default=None, description="file with the secret of a Hub's webhook to /hooks/hub, which needs one"
+    )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -201,7 +199,9 @@ class FinalizeSection(Section):
 class Config(Section):
     """Everything a daemon is told."""
 
-    base: Path = Field(description="a model folder or one .safetensors file")
+    base: Annotated[Path | str, BeforeValidator(parse_base, json_schema_input_type=str)] = Field(
+        description="a model folder, one .safetensors file, or hf://ORG/NAME@REVISION",
+    )
     store: Path = Field(description="the folder for snapshots, state and the ledger")
     method: Literal["opcm", "average", "task_arithmetic"] = Field(
         default="opcm", description="how deltas combine"
@@ -220,7 +220,7 @@ class Config(Section):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; results are bit-identical for one number"
     )
-    sources: tuple[DirectorySource, ...] = Field(default=(), description="where fine-tunes are published")
+    sources: tuple[SourceSection, ...] = Field(default=(), description="where fine-tunes are published")
     on_update: Literal["replace", "add", "ignore"] = Field(
         default="replace", description="what a changed revision of a folded name does"
     )
@@ -246,6 +246,31 @@ class Config(Section):
     allow_network_store: bool = Field(default=False, description="accept a store on a network file system")
     http: Http = Field(default=Http())
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info")
+
+    @property
+    def hub_base(self) -> tuple[str, str] | None:
+        """Repository and revision of a base on the Hub."""
+        found = HUB_ADDRESS.fullmatch(str(self.base)) if isinstance(self.base, str) else None
+        return (found["repo"], found["revision"] or "main") if found else None
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        """The names by which a Hub knows the base."""
+        return (self.hub_base[0],) if self.hub_base else ()
+
+    @property
+    def base_path(self) -> Path:
+        """Where the base lies; one on the Hub is brought into the store first."""
+        return self.base if isinstance(self.base, Path) else self.store / "base"
+
+    @model_validator(mode="after")
+    def _hub_sources_look_for_something(self) -> Config:
+        for part in self.sources:
+            if isinstance(part, HubSource) and not (
+                part.base_models or part.repos or part.authors or self.hub_base
+            ):
+                raise ValueError(f"source {part.name}: say what to look for: base_models, authors or repos")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
@@ -330,12 +355,14 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
     lines, hints = [], []
     for found in error.errors():
-        spots = [part for part in found["loc"] if part not in ("directory", "exec", "command", "Since")]
+        spots = [
+            part for part in found["loc"] if part not in ("directory", "hub", "exec", "command", "Since")
+        ]
         key = ".".join(str(part) for part in spots)
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(
-                str(spots[-1]), valid_keys(Config, spots[:-1]), n=1, cutoff=0.5
+                str(spots[-1]), valid_keys(found["loc"][:-1]), n=1, cutoff=0.5
             )
             message = "is no key of this section"
             hints.append(
@@ -345,6 +372,10 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
             )
         elif found["type"] == "missing":
             message = "is missing"
+        elif found["type"] == "union_tag_not_found":
+            message = "needs a type, for example type: directory"
+        elif found["type"] == "union_tag_invalid":
+            message = f"type {found['ctx']['tag']!r} is none of {found['ctx']['expected_tags']}"
         if not key:
             lines.append(message)
         else:
@@ -355,26 +386,27 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     )
 
 
-def valid_keys(model: type[BaseModel], spots: list[Any]) -> list[str]:
-    """List the keys valid at a place of the configuration."""
+def valid_keys(spots: Sequence[Any]) -> list[str]:
+    """List the keys valid at a place of the configuration, as pydantic names the place."""
+    models: list[type[BaseModel]] = [Config]
     for spot in spots:
-        field = model.model_fields.get(str(spot))
-        if field is None:  # a place in a list, or a name that is the user's own
-            continue
-        inner = _section_of(field.annotation)
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+        if chosen := [model for model in models if spot in _types_of(model)]:
+            models = chosen  # the place names which of several sections it is
+        elif fields := [m.model_fields[str(spot)] for m in models if str(spot) in m.model_fields]:
+            models = [section for field in fields for section in _sections_of(field.annotation)]
+    return [key for model in models for key in model.model_fields]
 
 
-def _section_of(annotation: object) -> type[BaseModel] | None:
-    """Find the section inside tuple[Section, ...], dict[str, Section], unions and the like."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is None:
-        return None
-    return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
+def _types_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of `type` that mean this section."""
+    return get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()
+
+
+def _sections_of(annotation: object) -> list[type[BaseModel]]:
+    """Find the sections inside tuple[Section, ...], dict[str, Section], unions and the like."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for part in get_args(annotation) for section in _sections_of(part)]
 
 
 def resolve_paths(config: Config, folder: Path) -> Config:
@@ -385,9 +417,19 @@ def resolve_paths(config: Config, folder: Path) -> Config:
 
     return config.model_copy(
         update={
-            "base": against(config.base),
+            "base": against(config.base) if isinstance(config.base, Path) else config.base,
             "store": against(config.store),
-            "sources": tuple(s.model_copy(update={"path": against(s.path)}) for s in config.sources),
+            "http": config.http.model_copy(
+                update={
+                    "hub_secret_file": config.http.hub_secret_file and against(config.http.hub_secret_file)
+                }
+            ),
+            "sources": tuple(
+                part.model_copy(
+                    update={key: against(value) for key, value in part if isinstance(value, Path)}
+                )
+                for part in config.sources
+            ),
             "targets": tuple(t.model_copy(update={"argv": _program(t.argv, folder)}) for t in config.targets),
             "gates": tuple(g.model_copy(update={"argv": _program(g.argv, folder)}) for g in config.gates),
         }

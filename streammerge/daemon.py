@@ -19,13 +19,13 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from streammerge import config as configuration
-from streammerge import files, operations, promote, reconcile, recovery, reports, screen, turns
+from streammerge import credentials, files, operations, promote, reconcile, recovery, reports, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.metrics import Metrics
 from streammerge.once import raise_if_set
-from streammerge.server import Server, Views, make_app
+from streammerge.server import HubHook, Server, Views, make_app
 from streammerge.sources import open_source
 from streammerge.targets import open_target
 
@@ -80,6 +80,7 @@ class Daemon:
         self._looking = {part.name: threading.Lock() for part in config.sources}
         self._look_again: set[str] = set()
         self._watchers: dict[str, Callable[[], None]] = {}
+        self._fetchers: dict[str, threading.Thread] = {}
         self._fold_bytes = 0
         self._last_extension = 0.0
 
@@ -124,7 +125,7 @@ class Daemon:
             )
             self._supervise()
         finally:
-            self._drain(threads)
+            self._drain([*threads, *self._fetchers.values()])
             server.stop()  # before the ledger: it reads it
             self.merge.ledger.close()
 
@@ -222,7 +223,7 @@ class Daemon:
         sources = {
             part.name: self.sources[part.name]
             if before.get(part.name) == part
-            else open_source(part, stopping)
+            else open_source(part, config.base_models, stopping)
             for part in config.sources
         }
         for name in [name for name in self._watchers if self.sources[name] is not sources.get(name)]:
@@ -231,6 +232,9 @@ class Daemon:
         self.config = self.merge.config = config
         self.sources = sources
         reconcile.drop_sources(self.merge, sources)
+        for name in [name for name, source in sources.items() if source.is_remote]:
+            if name not in self._fetchers or not self._fetchers[name].is_alive():
+                self._fetchers[name] = self._thread(f"fetch {name}", partial(self._fetch, name))
         for part in config.sources:
             self._looking.setdefault(part.name, threading.Lock())
             self.scheduler.add_job(
@@ -320,12 +324,28 @@ class Daemon:
             self._beat()
             self.work_there.clear()
             self._fold_bytes = 0
-            if turns.work_once(merge, self.sources):
+            if turns.work_once(merge, self.sources, fetched_elsewhere=self._remote()):
                 self.news_there.set()
             elif not turns.check_another(merge, unchecked):
                 self.work_there.wait(IDLE_SECONDS)
 
         self._for_ever(turn)
+
+    def _remote(self) -> set[str]:
+        return {name for name, source in self.sources.items() if source.is_remote}
+
+    def _fetch(self, name: str) -> None:
+        """Bring what one remote source announced, beside the folding, for as long as it is configured."""
+        merge = self._merge()
+
+        def turn() -> None:
+            source = self.sources.get(name)
+            if source and turns.fetch_once(merge, source):
+                self.work_there.set()
+            else:
+                self.stopping.wait(TICK_SECONDS)
+
+        self._for_ever(turn, lambda: name in self.sources)
 
     def _tell(self) -> None:
         """Tell targets what was promoted."""
@@ -351,9 +371,9 @@ class Daemon:
 
         self._for_ever(turn)
 
-    def _for_ever(self, turn: Callable[[], None]) -> None:
+    def _for_ever(self, turn: Callable[[], None], wanted: Callable[[], bool] = lambda: True) -> None:
         """Take turn after turn; on a disk too full even for the ledger, say so and wait for room."""
-        while not self.stopping.is_set():
+        while not self.stopping.is_set() and wanted():
             try:
                 turn()
             except NoSpace as exc:
@@ -412,6 +432,20 @@ class Daemon:
                 turns.refresh(self.merge)
             return self.metrics.registry
 
+        def mention(name: str) -> bool:
+            heard = [source.name for source in self.sources.values() if source.mention(name)]
+            for source in heard:
+                self._look_later(source, 0.0)
+            return bool(heard)
+
+        secret = credentials.read(self.config.http.hub_secret_file, credential="hub-webhook")
+        hook = HubHook(secret, mention)
         return Views(
-            status, rows(reports.history), rows(reports.fine_tunes), self._problems, self._is_alive, registry
+            status,
+            rows(reports.history),
+            rows(reports.fine_tunes),
+            self._problems,
+            self._is_alive,
+            registry,
+            hook,
         )

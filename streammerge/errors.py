@@ -7,6 +7,7 @@
     |  +- NoSpace           the disk is (nearly) full
     |  +- Locked            another process changes this store now
     |  +- Stopped           a stop was asked for; the work is redone later
+    |  +- Withheld          the place does not give this fine-tune out now; the queue goes on
     +- Refused              this fine-tune never goes in; recorded        the queue goes on
 
 A message says what happened with the values; the hint says what to do next.
@@ -58,6 +59,18 @@ class Locked(TryAgain):
 
 class Stopped(TryAgain):
     """A stop was asked for in the middle of work that leaves no trace."""
+
+
+class Withheld(TryAgain):
+    """A place that can be seen does not give something out now: it is gone, gated, disabled or moved.
+
+    `reason` is that word. A state of the fine-tune, no failure of its source.
+    """
+
+    def __init__(self, reason: str, message: str, *, hint: str = "") -> None:
+        """`reason` is the stable word; `message` the sentence with the values."""
+        super().__init__(message, hint=hint)
+        self.reason = reason
 
 
 class Refused(StreammergeError):

@@ -47,6 +47,7 @@ ADAPTER_SETTINGS = (
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config", "velora_config", "loftq_config",
 )  # fmt: skip
+READ_NAMES = frozenset({"config.json", ADAPTER_CONFIG, "streammerge.json"})
 SIDECARS = frozenset({"gram.safetensors", "fisher.safetensors"})
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|ot|onnx|gguf)(\.index\.json)?$")
 
@@ -160,6 +161,11 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
             f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}", hint="copy the rest"
         )
     return WeightsSet(tuple(folder / shard for shard in shards), index=index_name)
+
+
+def is_needed(name: str) -> bool:
+    """Whether a fold reads the file of this name; all others stay where they were published."""
+    return name in READ_NAMES or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def is_file_name(name: str) -> bool:

@@ -74,7 +74,11 @@ create table facts (name text primary key, value text not null) strict;
 """
 
 
-MIGRATIONS = (M001_FIRST,)
+M002_MARKS = """
+alter table sources add column mark text not null default '';
+"""
+
+MIGRATIONS = (M001_FIRST, M002_MARKS)
 
 
 def now() -> float:

@@ -55,7 +55,7 @@ def configure(*, level: str = "info", json_lines: bool | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [out]
     root.setLevel(level.upper())
-    for noisy in ("apscheduler", "watchdog", "uvicorn", "uvicorn.access", "uvicorn.error", "httpx"):
+    for noisy in ("apscheduler", "watchdog", "uvicorn", "uvicorn.access", "uvicorn.error", "httpx", "httpx2"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -141,15 +141,15 @@ def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict
                 f"{key} is {theirs!r}, but the store {config.store} was made with {ours!r}",
                 hint=f"put {key} back, or give the new {key} a new store",
             )
-    entries = open_base_headers(config.base)
+    entries = open_base_headers(config.base_path)
     plan = Plan(settings["kinds"], settings["embedding"])
     if set(entries) != set(plan.kinds):
         raise ConfigError(
-            f"base {config.base} has other weights than the one the store {config.store} was made with",
+            f"base {config.base_path} has other weights than the one the store {config.store} was made with",
             hint="put the original base back, or start a new store for the new base",
         )
     return Recipe(
-        config.base, settings["base"]["digest"], plan, settings["method"], settings["knobs"]
+        config.base_path, settings["base"]["digest"], plan, settings["method"], settings["knobs"]
     ), entries
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.progress import Progress
 
 from streammerge import files, finalize, methods, plan, screen
+from streammerge.config import DirectorySource
 from streammerge.engine import Engine, Measured
 from streammerge.errors import ConfigError, Refused
 from streammerge.fit import Tolerance
@@ -196,9 +197,13 @@ def _hint(refused: Refused) -> str:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """Check what a daemon would need: base, knobs, sources; and what the store will take."""
+    """Check what a daemon would need: base, knobs, sources; and what the store will take.
+
+    Of a base that is still on a Hub nothing is known: its figures are 0, with a warning.
+    """
     knobs = methods.resolve(config.method, config.knobs)
-    entries = open_base_headers(config.base)
+    is_there = not config.hub_base or config.base_path.exists()
+    entries = open_base_headers(config.base_path) if is_there else {}
     globs = added_globs(config)
     floats = [entry for entry in entries.values() if entry.is_floating]
     matrices = [e for e in floats if len(e.shape) == 2 and not plan.matches(e.name, globs)]
@@ -207,11 +212,16 @@ def check(config: Config) -> dict[str, Any]:
     warnings = [
         f"added: {glob} matches no weight of the base"
         for glob in plan.idle_globs(entries, config.added or ())
+        if is_there
     ]
+    if not is_there:
+        warnings.append(
+            f"base {config.base} is not here yet: the first run fetches it, and then sizes are known"
+        )
     warnings += [
         f"source {part.name}: {part.path} is not there yet"
         for part in config.sources
-        if not part.path.is_dir()
+        if isinstance(part, DirectorySource) and not part.path.is_dir()
     ]
     if not config.sources:
         warnings.append("no sources: nothing will ever be folded")

@@ -5,6 +5,7 @@ The store's lock is held throughout.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from streammerge.config import Config
     from streammerge.merging import Merge
     from streammerge.sources import Source
+
+ROUNDS = 5  # how often a remote source is asked again for what it did not tell
 
 log = structlog.get_logger()
 
@@ -54,7 +57,7 @@ def run_once(config: Config) -> None:
         try:
             turns.check_served(merge)
             operations.work_off(merge)
-            sources = {part.name: open_source(part, beat) for part in config.sources}
+            sources = {part.name: open_source(part, config.base_models, beat) for part in config.sources}
             reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
             while turns.work_once(merge, sources):
@@ -92,9 +95,10 @@ def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[
     """Look at every source until none says that it will know more soon; gives what failed."""
     failures = []
     for name, source in sources.items():
-        again = [0.0]
-        while again:
+        again, rounds = [0.0], 0
+        while again and rounds < (ROUNDS if source.is_remote else math.inf):
             again.clear()
+            rounds += 1
             try:
                 turns.look_at(merge, source, lambda _name, seconds, again=again: again.append(seconds))  # type: ignore[misc]
             except Stopped:
@@ -105,5 +109,7 @@ def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[
             while time.monotonic() < deadline:
                 beat()
                 time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+        if again:
+            failures.append(f"source {name}: not all of it could be read")
         log.info("source.looked_at", source=name)
     return failures

@@ -15,7 +15,7 @@ import structlog
 
 from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
 from streammerge.collect import tidy
-from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain
+from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain, Withheld
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.ledger import now
@@ -61,13 +61,25 @@ def journey(merge: Merge, row: Row, source: Source) -> None:
             set_aside(merge, row, "refused", exc)
 
 
+def bring(merge: Merge, row: Row, source: Source) -> None:
+    """Fetch one pending fine-tune and leave the rest of its journey for later."""
+    bound = {"source": row["source"], "name": row["name"], "revision": row["revision"]}
+    with structlog.contextvars.bound_contextvars(**bound):
+        try:
+            fetch(merge, row, source)
+        except Refused as exc:
+            set_aside(merge, row, "refused", exc)
+            files.remove_tree(merge.store.inbox / f"{row['id']}.part")
+
+
 def fetch(merge: Merge, row: Row, source: Source) -> Row:
     """Step 2: bring the files here, whole, and know them by their content."""
     inbox = merge.store.inbox / str(row["id"])
     if not inbox.exists():
         part = merge.store.inbox / f"{row['id']}.part"
-        files.remove_tree(part)
-        part.mkdir()
+        if not source.is_remote:
+            files.remove_tree(part)
+        part.mkdir(exist_ok=True)  # what a cut fetch left of the same revision is gone on from
         with stage(merge, "fetch"), files.disk_errors("fetching"):
             base_bytes = int(merge.store.read_settings()["base"]["bytes"])  # a full fine-tune is as large
             files.require_space(
@@ -81,7 +93,7 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
         reached("fetched")
     if row["step"] == "announced":
         digest = weights.identity(published(inbox, row), merge.engine.beat)
-        if not digest.startswith(row["revision"]):
+        if row["digest"] and digest != row["digest"]:
             files.remove_tree(inbox)
             raise TryAgain(
                 f"{row['name']}: its content changed between the announcement and the fetch",
@@ -367,7 +379,10 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
 
 
 def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
-    """Leave a fine-tune pending for a later try; gives when."""
+    """Leave a fine-tune pending for a later try; gives when. What is withheld waits for its source."""
+    if isinstance(why, Withheld):
+        withhold(merge, row, why)
+        return 0.0
     wait = RETRY_SECONDS[min(row["attempts"], len(RETRY_SECONDS) - 1)]
     wait = min(wait, SPACE_SECONDS) if isinstance(why, NoSpace) else wait
     merge.ledger.update_fine_tune(
@@ -384,6 +399,20 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
         retry_seconds=wait,
     )
     return now() + wait
+
+
+def withhold(merge: Merge, row: Row, why: Withheld) -> None:
+    """Its place does not give it out now; the source looks whether that has changed."""
+    state = "waiting" if why.reason in ("gated", "disabled") else "gone"
+    detail = f"{why.message}; {why.hint}"
+    with merge.ledger.transaction():
+        merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
+        merge.ledger.write(
+            "update sightings set revision = '' where (source, name) = (?, ?)", row["source"], row["name"]
+        )
+    if state == "gone":
+        merge.metrics.decided.labels(row["source"], state).inc()
+    log.info("finetune.withheld", source=row["source"], name=row["name"], reason=why.reason)
 
 
 def next_version(merge: Merge) -> int:

@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge.config import Since
-from streammerge.ledger import now
+from streammerge.ledger import iso, now
 from streammerge.merging import reached
 from streammerge.sources import Known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from streammerge.config import DirectorySource
+    from streammerge.config import SourceSection
     from streammerge.ledger import Ledger, Row
     from streammerge.merging import Merge
     from streammerge.sources import Sighting, Source
 
 log = structlog.get_logger()
 
+DAY_SECONDS = 86400.0
 UNDECIDED = ("waiting", "pending", "awaiting_approval")
 
 
-def observe(merge: Merge, source: Source, config: DirectorySource) -> float:
+def observe(merge: Merge, source: Source, config: SourceSection) -> float:
     """Look at a source once and record the difference.
 
     Gives when to look again at the latest, 0.0 for the poll. Raises errors.TryAgain if the source cannot be
@@ -36,21 +37,19 @@ def observe(merge: Merge, source: Source, config: DirectorySource) -> float:
     """
     ledger = merge.ledger
     looked_at = now()
-    sightings = source.look(known(ledger, source.name))
+    before = ledger.row("select * from sources where name = ?", source.name) or {"primed": 0, "mark": ""}
+    look = source.look(known(ledger, source.name), before["mark"])
     with ledger.transaction():
-        state = ledger.row("select * from sources where name = ?", source.name)
-        is_first = not (state and state["primed"])
-        for sighting in sightings:
-            record(merge, config, sighting, looked_at, is_first=is_first)
-        mark_gone(merge, source.name, {sighting.name for sighting in sightings})
+        for sighting in look.sightings:
+            record(merge, config, sighting, looked_at, is_first=not before["primed"])
+        mark_gone(merge, source.name, {sighting.name for sighting in look.sightings}, only=look.gone)
         ledger.write(
-            "insert into sources (name, state, last_success_at, primed) values (?, 'ok', ?, 1) "
-            "on conflict (name) do update "
-            "set state = 'ok', error = '', last_success_at = excluded.last_success_at, primed = 1",
-            source.name,
-            now(),
-        )
-    return min((s.until for s in sightings if s.until), default=0.0)
+            "insert into sources (name, state, last_success_at, primed, mark) values (?, 'ok', ?, 1, ?) "
+            "on conflict (name) do update set state = 'ok', error = '', primed = 1, "
+            "last_success_at = excluded.last_success_at, mark = excluded.mark",
+            source.name, now(), look.mark,
+        )  # fmt: skip
+    return look.again_at
 
 
 def failed(ledger: Ledger, source: str, error: str) -> None:
@@ -77,13 +76,14 @@ def known(ledger: Ledger, source: str) -> dict[str, Known]:
 
 
 def record(
-    merge: Merge, config: DirectorySource, sighting: Sighting, looked_at: float, *, is_first: bool
+    merge: Merge, config: SourceSection, sighting: Sighting, looked_at: float, *, is_first: bool
 ) -> None:
     """Lay one sighting beside its row."""
     ledger = merge.ledger
     seen = ledger.row("select * from sightings where (source, name) = (?, ?)", config.name, sighting.name)
     first_seen = seen["first_seen_at"] if seen and seen["fingerprint"] == sighting.fingerprint else looked_at
-    published = sighting.published_at if is_first else first_seen
+    published = sighting.published_at if is_first or sighting.is_dated else first_seen
+    is_unwanted = is_ignored(config, sighting, published, is_first=is_first)
     ledger.write(
         "insert or replace into sightings values (?, ?, ?, ?, ?)",
         config.name, sighting.name, sighting.fingerprint, sighting.revision, first_seen,
@@ -93,8 +93,7 @@ def record(
     )
     if not sighting.revision:
         if waiting is None:
-            ignored = is_first and is_ignored(config, published)
-            note_waiting(merge, config, sighting, published, state="ignored" if ignored else "waiting")
+            note_waiting(merge, config, sighting, published, state="ignored" if is_unwanted else "waiting")
         else:
             still_waiting(merge, waiting, sighting, looked_at)
         return
@@ -109,47 +108,62 @@ def record(
         sighting.revision,
     ):
         supersede(merge, config.name, sighting.name, but=row["id"])
-        if row["state"] in ("superseded", "gone"):  # it came back
+        if row["state"] in ("superseded", "gone", "waiting"):  # it came back
             ledger.update_fine_tune(
                 row["id"], state="pending", reason="", detail="", step="announced", published_at=published
             )
-        return
-    announce(
-        merge,
-        config,
-        sighting,
-        published,
-        ignored=was_ignored or (is_first and is_ignored(config, published)),
-    )
+        if row["state"] == "ignored" and row["reason"] != "first_run" and not sighting.excluded:
+            ledger.write("delete from fine_tunes where id = ?", row["id"])  # the rule no longer holds
+        else:
+            return
+    rule = sighting.excluded or ("first_run" if was_ignored or is_unwanted else "")
+    announce(merge, config, sighting, published, rule=rule)
 
 
-def is_ignored(config: DirectorySource, published_at: float) -> bool:
-    """Whether `first_run` leaves out what was there at the first look."""
+def is_ignored(config: SourceSection, sighting: Sighting, published_at: float, *, is_first: bool) -> bool:
+    """Whether `first_run` leaves out what was there at the first look, or is as old."""
     if isinstance(config.first_run, Since):
-        return published_at < config.first_run.timestamp
-    return config.first_run == "ignore"
+        return (is_first or sighting.is_dated) and published_at < config.first_run.timestamp
+    return is_first and not sighting.is_dated and config.first_run == "ignore"
+
+
+def turn_of(ledger: Ledger, config: SourceSection, sighting: Sighting) -> float:
+    """When a fine-tune may be fetched: after `min_age`, and after those `max_per_day` lets by first."""
+    most = getattr(config, "max_per_day", None)
+    if most is None:
+        return sighting.not_before
+    turns = ledger.rows(
+        "select max(first_seen_at, next_try_at) as at from fine_tunes where source = ? and revision != '' "
+        "and state not in ('ignored', 'gone', 'superseded') order by at desc limit 1 offset ?",
+        config.name, most - 1,
+    )  # fmt: skip
+    soonest = turns[0]["at"] + DAY_SECONDS if turns else 0.0
+    return max(sighting.not_before, soonest if soonest > now() else 0.0)
 
 
 def announce(
-    merge: Merge, config: DirectorySource, sighting: Sighting, published_at: float, *, ignored: bool
+    merge: Merge, config: SourceSection, sighting: Sighting, published_at: float, *, rule: str
 ) -> None:
-    """Step 1: a new revision becomes a row."""
-    state = "refused" if sighting.refused else "ignored" if ignored else "pending"
+    """Step 1: a new revision becomes a row; `rule` of the configuration leaves it out, "" for none."""
+    state = "ignored" if rule else "refused" if sighting.refused else "pending"
+    turn_at = 0.0
     if state == "pending":
         supersede(merge, config.name, sighting.name)
+        turn_at = turn_of(merge.ledger, config, sighting)
+    detail = f"its turn comes at {iso(turn_at)} (min_age, max_per_day)" if turn_at else sighting.waiting_for
     merge.ledger.announce(
         config.name, sighting.name, sighting.revision,
-        state=state, reason=sighting.refused or ("first_run" if ignored else ""), detail=sighting.waiting_for,
+        state=state, reason=rule or sighting.refused, detail=detail, next_try_at=turn_at,
         digest=sighting.digest, factor=config.weight, published_at=published_at, first_seen_at=now(),
     )  # fmt: skip
     merge.metrics.discovered.labels(config.name).inc()
     if state != "pending":
         merge.metrics.decided.labels(config.name, state).inc()
-    if sighting.refused:
+    if state == "refused":
         merge.metrics.refused.labels(sighting.refused).inc()
     log.info(
         "finetune.announced", source=config.name, name=sighting.name, revision=sighting.revision, state=state,
-        reason=sighting.refused or None,
+        reason=rule or sighting.refused or None,
     )  # fmt: skip
     reached("announced")
 
@@ -170,7 +184,7 @@ def undecided(ledger: Ledger, source: str, name: str) -> list[Row]:
 
 
 def note_waiting(
-    merge: Merge, config: DirectorySource, sighting: Sighting, published_at: float, *, state: str
+    merge: Merge, config: SourceSection, sighting: Sighting, published_at: float, *, state: str
 ) -> None:
     """Show a fine-tune that is not complete yet."""
     merge.ledger.announce(
@@ -206,11 +220,16 @@ def still_waiting(merge: Merge, row: Row, sighting: Sighting, looked_at: float) 
 
 
 def mark_gone(
-    merge: Merge, source: str, present: set[str], why: str = "it vanished before it was fetched"
+    merge: Merge,
+    source: str,
+    present: set[str],
+    why: str = "it vanished before it was fetched",
+    only: frozenset[str] | None = None,
 ) -> None:
-    """A fine-tune that vanished before it was fetched will not be folded."""
+    """What vanished before it was fetched will not be folded: all that is not `present`, or `only` some."""
     for row in merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval"):
-        if row["source"] == source and row["name"] not in present and row["step"] == "announced":
+        is_missing = row["name"] not in present if only is None else row["name"] in only
+        if row["source"] == source and is_missing and row["step"] == "announced":
             merge.ledger.update_fine_tune(row["id"], state="gone", detail=why)
             merge.metrics.decided.labels(source, "gone").inc()
             log.info("finetune.gone", source=source, name=row["name"])

@@ -35,6 +35,10 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
     `forgiving` opens a store whose head or current is damaged too: for a rollback off it, and nothing else.
     """
     store = snapshots.Store(config.store)
+    if config.hub_base:
+        from streammerge.origin import bring_base  # huggingface_hub takes half a second to import
+
+        bring_base(config, engine.beat)
     if not store.exists:
         make_store(config, store, engine)
     settings = store.read_settings()
@@ -87,6 +91,8 @@ def prepare_folder(config: Config) -> Store:
             "inbox",
             "candidates",
             "snapshots",
+            "base",
+            "base.part",
             ".store.json.tmp",
         }
         if strange:
@@ -108,8 +114,8 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
     knobs = methods.resolve(config.method, config.knobs)
     added = added_globs(config)
     log.info("base.reading", base=str(config.base))
-    found, norm = engine.open_base(config.base, added)
-    with Weights(find(config.base)) as base:
+    found, norm = engine.open_base(config.base_path, added)
+    with Weights(find(config.base_path)) as base:
         size = base.bytes
         state_size = (
             4
@@ -118,7 +124,7 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
         )
         if config.added is not None and (idle := idle_globs(base.entries, added)):
             log.warning("config.added_matches_nothing", globs=idle)
-    recipe = Recipe(config.base, found.base_digest, found.plan, config.method, knobs)
+    recipe = Recipe(config.base_path, found.base_digest, found.plan, config.method, knobs)
     with files.disk_errors("making the store"):
         files.replace_file(
             store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))
@@ -140,8 +146,10 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     store, ledger = merge.store, merge.ledger
     for name in snapshots.remove_unfinished(store):
         log.info("recovery.removed", folder=name)
+    wanted = {f"{row['id']}.part" for row in ledger.fine_tunes("pending")}  # gone on from, if it can be
     for path in store.inbox.glob("*.part"):
-        files.remove_tree(path)
+        if path.name not in wanted:
+            files.remove_tree(path)
     for parent in (store.candidates, store.snapshots):
         for path in snapshots.folders(parent):
             files.protect(path)

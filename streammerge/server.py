@@ -1,11 +1,13 @@
-"""One HTTP port: status page, JSON, metrics, health. Reads only; whatever changes state is not here.
+"""One HTTP port: status page, JSON, metrics, health, and a Hub's webhook. Nothing here changes the merge.
 
 Knows what it is given to show, nothing of how it comes about.
 """
 
 from __future__ import annotations
 
+import hmac
 import html
+import json
 import socket
 import threading
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from starlette.requests import Request
 
+MAX_HOOK_BYTES = 1 << 20
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>streammerge</title>
 <meta http-equiv="refresh" content="5">
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
@@ -38,6 +41,40 @@ code{{font-size:.9em}}h1{{font-size:1.4rem}}h2{{font-size:1.1rem;margin-top:2rem
 
 
 @dataclass(frozen=True)
+class HubHook:
+    """What a Hub's webhook may do: say that a repository changed. Its secret must match.
+
+    mention  takes the repository's name; whether any source cares
+    """
+
+    secret: str | None
+    mention: Callable[[str], bool]
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer POST /hooks/hub: 403 without the secret, 202 once the repository will be looked at."""
+        given = request.headers.get("x-webhook-secret", "").encode()
+        if self.secret is None:
+            return _no(403, "no secret is configured: set http.hub_secret_file")
+        if not hmac.compare_digest(given, self.secret.encode()):
+            return _no(403, "the secret does not match")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_HOOK_BYTES:
+                return _no(413, "the message is too long")
+        try:
+            name = json.loads(body)["repo"]["name"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return _no(400, "this is no message of a Hub's webhook")
+        heard = isinstance(name, str) and self.mention(name)
+        return JSONResponse({"looked_at": heard}, status_code=202)
+
+
+def _no(status: int, why: str) -> Response:
+    return JSONResponse({"error": why}, status_code=status)
+
+
+@dataclass(frozen=True)
 class Views:
     """What there is to show; each is called at every request."""
 
@@ -47,6 +84,7 @@ class Views:
     problems: Callable[[], list[str]]
     is_alive: Callable[[], bool]
     registry: Callable[[], CollectorRegistry]
+    hub_hook: HubHook
 
 
 def make_app(views: Views) -> Starlette:
@@ -84,6 +122,7 @@ def make_app(views: Views) -> Starlette:
             Route("/metrics", metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            Route("/hooks/hub", views.hub_hook.__call__, methods=["POST"]),
         ]
     )
 

@@ -16,7 +16,7 @@ from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
     from pathlib import Path
 
     from streammerge.ledger import Row
@@ -85,11 +85,29 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
     return True
 
 
-def work_once(merge: Merge, sources: dict[str, Source]) -> bool:
-    """Take up the next thing that can be done; False if there is nothing to do now."""
+def fetch_once(merge: Merge, source: Source) -> bool:
+    """Bring the next fine-tune that a source announced; False if there is none to bring now."""
+    due = [row for row in merge.ledger.fine_tunes("pending") if row["next_try_at"] <= now()]
+    row = next((r for r in due if r["source"] == source.name and r["step"] == "announced"), None)
+    if row is None:
+        return False
+    try:
+        pipeline.bring(merge, row, source)
+    except Stopped:
+        raise
+    except TryAgain as exc:
+        pipeline.put_back(merge, row, exc)
+    return True
+
+
+def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Container[str] = ()) -> bool:
+    """Take up the next thing that can be done; False if there is nothing to do now.
+
+    What sources named in `fetched_elsewhere` announced is left until somebody else has fetched it.
+    """
     if not merge.held:
         conclude_open(merge)
-    row = next_row(merge, sources)
+    row = next_row(merge, sources, fetched_elsewhere)
     if row is None:
         if merge.full_disk and not merge.ledger.fine_tunes("pending"):
             with suppress(NoSpace):
@@ -120,12 +138,14 @@ def conclude_open(merge: Merge) -> None:
             merge.full_disk = exc.message if isinstance(exc, NoSpace) else merge.full_disk
 
 
-def next_row(merge: Merge, sources: dict[str, Source]) -> Row | None:
+def next_row(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> Row | None:
     """Choose the first pending fine-tune that is due; during a hold, one that is still to be fetched."""
     if merge.ledger.row("select 1 from snapshots where state = 'candidate'") and not merge.held:
         return None
     for row in merge.ledger.fine_tunes("pending"):
         is_due = row["next_try_at"] <= now() and row["source"] in sources
+        if row["step"] == "announced" and row["source"] in fetched_elsewhere:
+            continue
         if is_due and not (merge.held and row["step"] != "announced"):
             return row
     return None

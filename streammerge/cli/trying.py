@@ -31,20 +31,26 @@ def try_sources(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
 
     found: list[dict[str, Any]] = []
     failed = False
-    for part in read_config(config).sources:
+    settings = read_config(config)
+    for part in settings.sources:
         try:
-            sightings = open_source(part).look({})
+            seen = open_source(part, settings.base_models).preview()
+            notes = {s.name: s.waiting_for or s.excluded or s.refused for s in seen}
             found.append(
-                {"name": part.name, "state": "ok", "error": None, "fine_tunes": [s.name for s in sightings]}
+                {"name": part.name, "state": "ok", "error": None, "fine_tunes": list(notes), "notes": notes}
             )
         except TryAgain as exc:
             failed = True
-            found.append({"name": part.name, "state": "error", "error": exc.message, "fine_tunes": []})
+            found.append(
+                {"name": part.name, "state": "error", "error": exc.message, "fine_tunes": [], "notes": {}}
+            )
     if as_json:
         print_json(found)
     for entry in found if not as_json else []:
-        there = ", ".join(entry["fine_tunes"]) or "nothing there"
-        out.print(f"{entry['name']}: {entry['state']}, {entry['error'] or there}", soft_wrap=True)
+        there = f"{len(entry['fine_tunes'])} there" if entry["fine_tunes"] else "nothing there"
+        out.print(f"{entry['name']}: {entry['state']}, {escape(entry['error'] or there)}", soft_wrap=True)
+        for name, note in entry["notes"].items():
+            out.print(escape(f"  {name}" + (f": {note}" if note else "")), soft_wrap=True)
     if failed:
         raise typer.Exit(75)
 

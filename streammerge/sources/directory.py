@@ -22,16 +22,15 @@ import watchdog.observers
 
 from streammerge import files, headers, weights
 from streammerge.errors import Refused, TryAgain
-from streammerge.sources import Known, Sighting
+from streammerge.sources import Look, Sighting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from streammerge.config import DirectorySource
+    from streammerge.sources import Known
 
-FETCHED_SUFFIXES = (".safetensors", ".safetensors.index.json")
-FETCHED_NAMES = ("config.json", "adapter_config.json", "streammerge.json")
 REVISION_CHARACTERS = 16
 
 log = structlog.get_logger()
@@ -39,6 +38,8 @@ log = structlog.get_logger()
 
 class Directory:
     """One watched folder."""
+
+    is_remote = False
 
     def __init__(
         self, config: DirectorySource, beat: Callable[[], None], clock: Callable[[], float] = time.time
@@ -50,8 +51,9 @@ class Directory:
         self._clock = clock
         self._changed_at: dict[str, tuple[str, float]] = {}
 
-    def look(self, known: Mapping[str, Known]) -> list[Sighting]:
-        """Scan the folder once."""
+    def look(self, known: Mapping[str, Known], mark: str = "") -> Look:
+        """Scan the folder once: all that is there."""
+        del mark
         try:
             with os.scandir(self.config.path) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
@@ -66,7 +68,16 @@ class Directory:
         seen = [sighting for entry in wanted if (sighting := self._see(entry, known))]
         present = {entry.name for entry in entries}
         self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in present}
-        return seen
+        return Look(seen, again_at=min((s.until for s in seen if s.until), default=0.0))
+
+    def preview(self) -> Sequence[Sighting]:
+        """Scan the folder once, knowing nothing."""
+        return self.look({}).sightings
+
+    def mention(self, name: str) -> bool:
+        """A folder is looked through whole, and tells of its changes itself."""
+        del name
+        return False
 
     def _see(self, entry: os.DirEntry[str], known: Mapping[str, Known]) -> Sighting | None:
         """Judge one entry; None for what is no fine-tune, or vanished while we looked."""
@@ -141,7 +152,7 @@ class Directory:
                 self._beat()
                 if headers.PICKLES.match(file.name):
                     (into / file.name).touch()  # its name is enough to refuse it
-                elif file.name in FETCHED_NAMES or file.name.endswith(FETCHED_SUFFIXES):
+                elif headers.is_needed(file.name):
                     if not file.is_file():
                         raise Refused(
                             "malformed", f"{file.name} is no regular file", hint="publish plain files"
@@ -182,8 +193,9 @@ class Directory:
         return stop
 
 
-def open_source(config: DirectorySource, beat: Callable[[], None]) -> Directory:
+def open_source(config: DirectorySource, base_models: tuple[str, ...], beat: Callable[[], None]) -> Directory:
     """Make the source."""
+    del base_models
     return Directory(config, beat)
 
 

@@ -1,0 +1,453 @@
+"""The one door to huggingface_hub: what a Hub says, in bounded time, and its files, proven by their hashes.
+
+The client's own paths are left where they would harm a daemon: listings that sleep in the caller's thread, a
+stale cached copy taken for a new one, files that are believed by their size. Here every request has a wall
+clock, what is transient is tried again a few times and then raised as TryAgain, a file is taken at a commit,
+straight to where it is wanted, and hashed on the way. Knows nothing of fine-tunes or stores.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import json
+import os
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+# Before the client is imported, which reads them once. No pages of ours are sent anywhere, nothing is drawn.
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_UPDATE_CHECK"):
+    os.environ.setdefault(_name, "1")
+if os.environ.get("HF_ENDPOINT", "").rstrip("/") not in ("", "https://huggingface.co"):
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # other servers than the Hub itself have no Xet
+
+import httpx2
+import structlog
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
+
+from streammerge import __version__
+from streammerge.errors import Refused, TryAgain, Withheld
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MAX_JSON_BYTES = 64 << 20
+MAX_FILES = 10_000
+CHUNK_BYTES = 1 << 20
+ATTEMPTS = 4
+SAME_WRONG_CONTENT = 3  # so often in a row, and it is the place that has it wrong, not the way here
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 5.0
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+STALL_BYTES = 64 << 10  # less than this in STALL_TIMEOUTS time-outs is a stalled download
+STALL_TIMEOUTS = 6
+
+log = structlog.get_logger()
+
+
+class RateLimited(TryAgain):
+    """The Hub asks to be left alone for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` as the Hub's headers say."""
+        super().__init__(
+            f"the Hub's rate limit is reached; it asks to wait {seconds:.0f} s",
+            hint="poll less often, or give a token, which has a limit of its own",
+        )
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a repository at one commit; sha256 for LFS files, else the git object id."""
+
+    path: str
+    size: int
+    sha256: str = ""
+    oid: str = ""
+
+    @property
+    def identity(self) -> str:
+        """What changes with its content."""
+        return self.sha256 or self.oid
+
+
+@dataclass(frozen=True)
+class Repo:
+    """What a Hub says of a repository; `files` only where they were asked for; times since 1970."""
+
+    id: str
+    sha: str
+    last_modified: float
+    created_at: float = 0.0
+    tags: tuple[str, ...] = ()
+    is_gated: bool = False
+    is_private: bool = False
+    is_disabled: bool = False
+    files: tuple[File, ...] = ()
+
+
+class Hub:
+    """One Hub, as one token sees it."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        token: str | None = None,
+        timeout: float = 10.0,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`timeout` seconds for a connection or the next bytes; a whole answer may take six times that.
+
+        `beat` is called between chunks and tries and may raise errors.Stopped.
+        """
+        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self.has_token = token is not None
+        self.timeout = timeout
+        self._token = token
+        self._beat = beat
+
+    @cached_property
+    def _headers(self) -> dict[str, str]:
+        token = self._token or False  # False: not the one that lies in somebody's home either
+        return build_hf_headers(token=token, library_name="streammerge", library_version=__version__)
+
+    # What there is
+
+    def pages(self, **query: str) -> Iterator[list[Repo]]:
+        """Walk a listing of models, latest change first, a page at a time: `filter`, `author`, ..."""
+        wanted = ("sha", "lastModified", "createdAt", "tags", "gated", "private", "disabled")
+        url: str = f"{self.endpoint}/api/models"
+        params: list[tuple[str, str]] | None = [
+            *query.items(),
+            ("sort", "lastModified"),
+            ("limit", "1000"),
+            *(("expand", field) for field in wanted),
+        ]
+        while url:
+            found, links = self._json("GET", url, params=params)
+            if not isinstance(found, list):
+                raise _nonsense(url)
+            yield [repo for item in found if (repo := _repo(item))]
+            following = links.get("next", {}).get("url", "")
+            if following and not following.startswith(self.endpoint + "/"):
+                raise _nonsense(url)
+            url, params = following, None
+
+    def repo(self, repo: str, revision: str = "main") -> Repo:
+        """Ask for one repository at a branch, tag or commit, with its files; Withheld if it is gone."""
+        url = f"{self.endpoint}/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
+        found, _ = self._json("GET", url, params=[("blobs", "true")])
+        result = _repo(found)
+        if result is None or not result.sha:
+            raise _nonsense(url)
+        return result
+
+    def changed_at(self, repo: str, commit: str, paths: list[str]) -> float:
+        """When any of these files last changed, seconds since 1970; 0.0 where the Hub does not say."""
+        url = f"{self.endpoint}/api/models/{quote(repo)}/paths-info/{quote(commit, safe='')}"
+        found, _ = self._json("POST", url, body={"paths": paths, "expand": True})
+        dates = [
+            _seconds(item["lastCommit"].get("date"))
+            for item in found if isinstance(item, dict) and isinstance(item.get("lastCommit"), dict)
+        ] if isinstance(found, list) else []  # fmt: skip
+        return max(dates, default=0.0)
+
+    def may_read(self, repo: str, commit: str, path: str) -> bool:
+        """Whether this token gets the files of a gated repository."""
+        try:
+            with self._answer("HEAD", self._address(repo, commit, path)):
+                return True
+        except Withheld:
+            return False
+
+    # Files
+
+    def download(self, repo: str, commit: str, file: File, target: Path) -> None:
+        """Bring one file to `target`, fsynced and proven; what is there of it already is gone on from.
+
+        Raises Refused where the Hub itself holds another content than it declares, TryAgain or Withheld.
+        """
+        wrong: list[str] = []
+        for attempt in range(ATTEMPTS + SAME_WRONG_CONTENT):
+            try:
+                found = self._bring(repo, commit, file, target)
+            except RateLimited:
+                raise
+            except TryAgain as exc:
+                if isinstance(exc, Withheld) or attempt >= ATTEMPTS - 1:
+                    raise
+                self._pause(attempt)
+                continue
+            if found == file.identity:
+                return
+            target.unlink()
+            wrong.append(found)
+            log.warning("hub.corrupt_download", repo=repo, file=file.path, declared=file.identity, got=found)
+            if wrong.count(found) == SAME_WRONG_CONTENT:
+                raise Refused(
+                    "corrupted",
+                    f"{file.path} of {repo} is declared as {file.identity[:12]} and is {found[:12]}",
+                    hint="upload the file again",
+                )
+        raise TryAgain(f"{file.path} of {repo} arrives damaged, each time in another way", hint=ROUTE)
+
+    def _bring(self, repo: str, commit: str, file: File, target: Path) -> str:
+        """Download from where `target` ends; gives the hash of the whole."""
+        running = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
+        if not file.sha256:
+            running.update(f"blob {file.size}\0".encode())
+        with target.open("a+b") as written:
+            written.seek(0)
+            while chunk := written.read(CHUNK_BYTES):
+                running.update(chunk)
+                self._beat()
+            done = written.tell()
+            if done < file.size:
+                headers = {"range": f"bytes={done}-"} if done else {}
+                with self._answer("GET", self._address(repo, commit, file.path), headers=headers) as answer:
+                    if done and answer.status_code != httpx2.codes.PARTIAL_CONTENT:
+                        written.truncate(0)
+                        raise TryAgain(f"the Hub does not go on with {file.path}", hint=ROUTE)
+                    for chunk in self._chunks(answer):
+                        done += len(chunk)
+                        if done > file.size:
+                            written.truncate(0)
+                            raise TryAgain(f"{file.path} is longer than the Hub says", hint=ROUTE)
+                        written.write(chunk)
+                        running.update(chunk)
+            written.flush()
+            os.fsync(written.fileno())
+        if done < file.size:
+            raise TryAgain(f"{file.path} ended after {done:,} of {file.size:,} bytes", hint=ROUTE)
+        return running.hexdigest()
+
+    def _chunks(self, answer: httpx2.Response) -> Iterator[bytes]:
+        """Give the body as it comes; raises TryAgain where it stalls."""
+        since, count = time.monotonic(), 0
+        for chunk in answer.iter_raw(CHUNK_BYTES):
+            yield chunk
+            self._beat()
+            count += len(chunk)
+            if time.monotonic() - since > STALL_TIMEOUTS * self.timeout:
+                if count < STALL_BYTES:
+                    raise TryAgain(f"a download from {self.endpoint} stalled", hint=ROUTE)
+                since, count = time.monotonic(), 0
+
+    def _address(self, repo: str, commit: str, path: str) -> str:
+        return f"{self.endpoint}/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}"
+
+    # Requests
+
+    def _json(
+        self,
+        method: str,
+        url: str,
+        *,
+        params: list[tuple[str, str]] | None = None,
+        body: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Ask for JSON, a few times where that may help; gives it, of bounded size, and the links."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._ask(method, url, params, body)
+            except TryAgain as exc:
+                if isinstance(exc, (RateLimited, Withheld)) or attempt == ATTEMPTS - 1:
+                    raise
+                self._pause(attempt)
+        raise AssertionError  # the last attempt returns or raises
+
+    def _ask(
+        self, method: str, url: str, params: list[tuple[str, str]] | None, body: dict[str, Any] | None
+    ) -> tuple[Any, dict[str, Any]]:
+        with self._answer(method, url, params=params, body=body) as answer:
+            content, deadline = bytearray(), time.monotonic() + STALL_TIMEOUTS * self.timeout
+            for chunk in answer.iter_bytes(CHUNK_BYTES):
+                content += chunk
+                self._beat()
+                if len(content) > MAX_JSON_BYTES or time.monotonic() > deadline:
+                    raise TryAgain(f"{url}: the answer is too long or takes too long", hint=ROUTE)
+            links = {key: dict(link) for key, link in answer.links.items() if key}
+        try:
+            return json.loads(content), links
+        except (ValueError, RecursionError) as exc:
+            raise _nonsense(url) from exc
+
+    @contextmanager
+    def _answer(
+        self,
+        method: str,
+        url: str,
+        *,
+        params: list[tuple[str, str]] | None = None,
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Iterator[httpx2.Response]:
+        """Send one request; gives the answer once its head is good, else raises what this program knows."""
+        self._beat()
+        plain = {**self._headers, "accept-encoding": "identity", **(headers or {})}
+        try:
+            with get_session().stream(
+                method,
+                url,
+                params=tuple(params or ()) or None,
+                json=body,
+                headers=plain,
+                timeout=self.timeout,
+            ) as answer:
+                if answer.is_error:
+                    _raise_for(answer, url, has_token=self.has_token)
+                yield answer
+        except (httpx2.TransportError, httpx2.StreamError) as exc:
+            kind = type(exc).__name__
+            raise TryAgain(f"{self.endpoint} cannot be reached: {str(exc) or kind}", hint=ROUTE) from exc
+
+    def _pause(self, attempt: int) -> None:
+        """Wait a little longer each time, never all clients at once."""
+        seconds = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2**attempt, self.timeout)
+        until = time.monotonic() + seconds * random.uniform(0.5, 1.0)  # noqa: S311 -- no secret
+        while (left := until - time.monotonic()) > 0:
+            self._beat()
+            time.sleep(min(left, 0.2))
+
+
+ROUTE = "it is tried again by itself; check the network, and HF_ENDPOINT if you set it"
+
+
+def _raise_for(answer: httpx2.Response, url: str, *, has_token: bool) -> None:
+    """Turn an error of the Hub into what is done about it."""
+    answer.read()
+    try:
+        hf_raise_for_status(answer)
+    except GatedRepoError as exc:
+        raise Withheld("gated", "its owner gives it only to those who asked", hint=ASK) from exc
+    except DisabledRepoError as exc:
+        raise Withheld("disabled", "the Hub has disabled it", hint="nothing can be done here") from exc
+    except RepositoryNotFoundError as exc:
+        seen = "is not there any more" if has_token else "is not there, or private and no token is given"
+        raise Withheld("gone", f"the repository {seen}", hint=NO_ACCESS) from exc
+    except (RevisionNotFoundError, RemoteEntryNotFoundError) as exc:
+        raise Withheld("moved", "this commit or file is not there any more", hint=LOOK_AGAIN) from exc
+    except HfHubHTTPError as exc:
+        status = answer.status_code
+        if status == httpx2.codes.TOO_MANY_REQUESTS:
+            raise RateLimited(_asked_wait(answer)) from exc
+        if status in TRANSIENT or status >= httpx2.codes.INTERNAL_SERVER_ERROR:
+            raise TryAgain(f"{url} answers {status}", hint=ROUTE) from exc
+        hint = NO_ACCESS if status in (401, 403) else ROUTE
+        raise TryAgain(f"{url} answers {status}: {_reason(answer)}", hint=hint) from exc
+
+
+ASK = "ask for access on its page with the account whose token is used; it is looked at again every hour"
+NO_ACCESS = (
+    "give a token that may read it: `token_file` of the source, the systemd credential hf-token, or HF_TOKEN"
+)
+LOOK_AGAIN = "its branch is looked at again"
+
+
+def _reason(answer: httpx2.Response) -> str:
+    return str(answer.headers.get("x-error-message") or answer.reason_phrase)[:200]
+
+
+def _asked_wait(answer: httpx2.Response) -> float:
+    """How long a 429 asks to wait: Retry-After as seconds or date, or RateLimit's reset; else a minute."""
+    given = answer.headers.get("retry-after", "")
+    if given.isdigit():
+        return float(given)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
+    except (TypeError, ValueError):
+        limit = parse_ratelimit_headers(answer.headers)
+        return float(limit.reset_in_seconds) if limit else 60.0
+
+
+def _nonsense(url: str) -> TryAgain:
+    return TryAgain(f"{url}: the answer is not what a Hub says", hint=ROUTE)
+
+
+def _repo(found: object) -> Repo | None:
+    """Read a repository's facts; None for what has no usable name."""
+    if not isinstance(found, dict) or not is_repo_id(found.get("id")):
+        return None
+    siblings = found.get("siblings")
+    listed = siblings[:MAX_FILES] if isinstance(siblings, list) else []
+    tags = found.get("tags")
+    return Repo(
+        id=found["id"],
+        sha=str(found.get("sha") or ""),
+        last_modified=_seconds(found.get("lastModified")),
+        created_at=_seconds(found.get("createdAt")),
+        tags=tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
+        is_gated=bool(found.get("gated")),
+        is_private=bool(found.get("private")),
+        is_disabled=bool(found.get("disabled")),
+        files=tuple(file for item in listed if (file := _file(item))),
+    )
+
+
+def _file(found: object) -> File | None:
+    """Read a file's facts; None for a name that could lead elsewhere."""
+    if not isinstance(found, dict) or not isinstance(found.get("rfilename"), str):
+        return None
+    path, lfs = found["rfilename"], found.get("lfs")
+    parts = PurePosixPath(path).parts
+    if (
+        not path.isprintable()
+        or path.startswith("/")
+        or "\\" in path
+        or {"..", "."} & set(parts)
+        or not parts
+    ):
+        return None
+    lfs = lfs if isinstance(lfs, dict) else {}
+    size = lfs.get("size", found.get("size"))
+    if not isinstance(size, int) or size < 0:
+        return None
+    return File(path, size, str(lfs.get("sha256") or lfs.get("oid") or ""), str(found.get("blobId") or ""))
+
+
+def is_inner_path(path: str) -> bool:
+    """Whether a stranger's word may stand for a file below a folder, and nowhere else."""
+    parts = PurePosixPath(path).parts
+    strange = path.startswith("/") or "\\" in path or not parts or bool({"..", "."} & set(parts))
+    return path.isprintable() and not strange
+
+
+def is_repo_id(name: object) -> bool:
+    """Whether this is ORG/NAME (or a legacy NAME) as the Hub allows it."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 200
+        and name.count("/") <= 1
+        and all(part and part[0] not in "-." and _is_plain(part) for part in name.split("/"))
+    )
+
+
+def _is_plain(part: str) -> bool:
+    return part.isascii() and all(c.isalnum() or c in "-_." for c in part) and ".." not in part
+
+
+def _seconds(text: object) -> float:
+    """Read an ISO time; 0.0 for anything else."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return 0.0
