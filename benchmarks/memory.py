@@ -7,6 +7,7 @@ imported torch and safetensors; the last fold must cost what the second did, wit
 
     python benchmarks/memory.py                  1 GiB, 12 fine-tunes
     python benchmarks/memory.py --gib 0.1        a quick look
+    python benchmarks/memory.py --adapters 16    LoRA adapters of rank 16 in place of full weights
 """
 
 from __future__ import annotations
@@ -83,6 +84,20 @@ def write_model(folder: Path, table: dict[str, tuple[int, ...]], seed: int) -> N
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
 
 
+def write_adapter(folder: Path, table: dict[str, tuple[int, ...]], seed: int, rank: int) -> None:
+    """Write a LoRA adapter of every linear layer."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for position, (name, (rows, *columns)) in enumerate(table.items()):
+        if ".layers." in name and columns:
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{path}.lora_A.weight"] = noise((rank, columns[0]), 10_000 * seed + position).mul_(0.02)
+            tensors[f"{path}.lora_B.weight"] = noise((rows, rank), 20_000 * seed + position).mul_(0.02)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def peak_mib(argv: list[str]) -> tuple[float, float]:
     """Run a program to its end: its peak resident set in MiB, and its seconds.
 
@@ -114,6 +129,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--fine-tunes", type=int, default=12)
     parser.add_argument("--tail", default="scalar")
+    parser.add_argument("--adapters", type=int, default=0, metavar="RANK", help="publish LoRA adapters")
     parser.add_argument("--folder", type=Path, default=None, help="where there is room")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="streammerge-memory-", dir=options.folder))
@@ -140,7 +156,10 @@ def measure(work: Path, options: argparse.Namespace) -> None:
     peak_mib(run)  # version 0
     rows = []
     for number in range(1, options.fine_tunes + 1):
-        write_model(work / "fresh", table, number)
+        if options.adapters:
+            write_adapter(work / "fresh", table, number, options.adapters)
+        else:
+            write_model(work / "fresh", table, number)
         (work / "fresh").rename(work / "published" / f"fine-tune-{number:02d}")
         peak, seconds = peak_mib(run)
         shutil.rmtree(work / "published" / f"fine-tune-{number:02d}")
@@ -167,6 +186,7 @@ def report(
                 "model_gib": round(2 * sum(torch.Size(s).numel() for s in table.values()) / (1 << 30), 3),
                 "hidden": options.hidden,
                 "tail": options.tail,
+                "adapters": options.adapters,
                 "idle_mib": round(idle, 1),
                 "largest_projected_mib": round(largest, 1),
                 "bound_mib": round(bound, 1),

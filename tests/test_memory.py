@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import streammerge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 1 << 20
 BOUND_MIB = 160
@@ -79,6 +84,26 @@ def make_models(root: Path, matrices: int, vocabulary: int) -> None:
         save_file(tensors, root / name / "model.safetensors")
 
 
+def make_adapters(root: Path, matrices: int, vocabulary: int) -> None:
+    """Put adapters of rank 16, of all matrices and the embedding, in the place of the fine-tunes."""
+    lora = "base_model.model.model."
+    for name in ("ft0", "ft1"):
+        random = torch.Generator().manual_seed(int(name[-1]))
+        shapes = {
+            f"{lora}embed_tokens.lora_embedding_A": (16, vocabulary),
+            f"{lora}embed_tokens.lora_embedding_B": (1024, 16),
+        }
+        for i in range(matrices):
+            shapes[f"{lora}layers.{i}.lora_A.weight"] = (16, COLUMNS)
+            shapes[f"{lora}layers.{i}.lora_B.weight"] = (ROWS, 16)
+        tensors = {key: torch.randn(shape, generator=random).mul_(0.01) for key, shape in shapes.items()}
+        shutil.rmtree(root / name)
+        (root / name).mkdir()
+        save_file(tensors, root / name / "adapter_model.safetensors")
+        settings = {"peft_type": "LORA", "r": 16, "lora_alpha": 16}
+        (root / name / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def peaks(root: Path, folds: int) -> list[float]:
     """Fold in a process of its own; peak MiB when idle and after every fold."""
     ended = subprocess.run(
@@ -98,12 +123,22 @@ def bound() -> float:
     return BOUND_MIB + BOUND_WEIGHTS * ROWS * COLUMNS * 4 / MIB
 
 
-def test_a_fold_takes_what_its_largest_weight_takes(tmp_path: Path) -> None:
-    """Folding into a model of 64 MiB takes 160 MiB + 8 x the largest projected weight at most."""
+@pytest.mark.parametrize("make", [None, make_adapters], ids=["full weights", "adapters"])
+def test_a_fold_takes_what_its_largest_weight_takes(
+    make: Callable[[Path, int, int], None] | None, tmp_path: Path
+) -> None:
+    """Folding into a model of 64 MiB takes 160 MiB + 8 x the largest projected weight at most.
+
+    No file is made but the state's and the model's: no full-size copy of an adapter.
+    """
     make_models(tmp_path, matrices=24, vocabulary=8192)
+    if make:
+        make(tmp_path, 24, 8192)
+    before = {path.name for path in tmp_path.iterdir()}
     found = peaks(tmp_path, 6)
     assert found[6] - found[0] <= bound(), found
     assert found[6] <= found[2] * GROWTH, found
+    assert {path.name for path in tmp_path.iterdir()} - before == {"model", "state-6"}
 
 
 @pytest.mark.slow
