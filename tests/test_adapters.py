@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from benches import bench
+from daemons import Site, command
 from safetensors.torch import load_file, save_file
 
 from streammerge import linalg, weights
@@ -356,3 +357,23 @@ def test_a_copy_of_an_adapter_is_the_same_fine_tune(tmp_path: Path) -> None:
     folder = adapter(tmp_path) / "adapter"
     shutil.copytree(folder, tmp_path / "copy")
     assert weights.identity(folder) == weights.identity(tmp_path / "copy")
+
+
+def test_the_daemon_and_merge_fold_an_adapter_alike(tmp_path: Path) -> None:
+    """`merge` takes an adapter's folder where it takes a model's, and gives the daemon's bytes."""
+    publish(tmp_path / "made", *CASES["some layers"])
+    site = Site(tmp_path / "site", load_file(tmp_path / "made" / "base" / "model.safetensors"))
+    site.publish("full", 1)
+    site.once()
+    shutil.copytree(tmp_path / "made" / "adapter", site.inflow / "lora")
+    site.once()
+    rows = {row["name"]: row["state"] for row in site.ask("fine-tunes")}
+    assert rows == {"full": "folded", "lora": "folded"}
+    assert not list((site.store / "inbox").iterdir())
+    inputs = (site.inflow / "full", site.inflow / "lora")
+    out = tmp_path / "out"
+    command("merge", "--base", site.root / "base", "--threads", "1", "--out", out, *inputs)
+    for file in (out / "model").glob("*.safetensors"):
+        assert file.read_bytes() == (site.store / "current" / "model" / file.name).read_bytes()
+    digests = [entry["digest"] for entry in json.loads((out / "manifest.json").read_text())["fine_tunes"]]
+    assert digests == [entry["digest"] for entry in site.ask("show", "head")["fine_tunes"]]
