@@ -1,30 +1,18 @@
-"""The configuration: YAML, environment, defaults; checked whole before anything starts.
+"""The configuration: every key, its type, its default and what it means; checked whole.
 
-Unknown keys are errors that name the nearest valid one. Relative paths are taken against the file. It holds
-no secrets.
+It holds no secrets, only where they lie. How the file is found and read is `configfile`'s.
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from streammerge.errors import ConfigError
 from streammerge.quantities import Duration, Size
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-ENVIRONMENT_PREFIX = "STREAMMERGE__"
-CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
-PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
 
 
 class Section(BaseModel):
@@ -142,6 +130,33 @@ class ExecTarget(Section):
     timeout: Duration = Field(default=60.0, gt=0, description="after which it is killed and tried again")
 
 
+class HubTarget(Section):
+    """A repository of a Hugging Face Hub: every promoted version becomes a commit and a tag."""
+
+    type: Literal["hub"]
+    name: Name = Field(description="how the target is called in status, logs and metrics")
+    repo: RepoId = Field(description="ORG/NAME, made if it is not there; nothing else may be kept in it")
+    branch: str = Field(
+        default="main", pattern=r"^[A-Za-z0-9][A-Za-z0-9_./-]*$", max_length=200, description="its branch"
+    )
+    private: bool | None = Field(
+        default=None, description="whether it is made private; null is what its owner's settings say"
+    )
+    base_model: RepoId | None = Field(
+        default=None, description="ORG/NAME of the base, for the card; else `base` itself where that is hf://"
+    )
+    token_file: Path | None = Field(
+        default=None, description="file with the token; else the systemd credential hf-token, else HF_TOKEN"
+    )
+    endpoint: str | None = Field(
+        default=None, pattern=r"^https?://", description="another Hub than HF_ENDPOINT or huggingface.co"
+    )
+    timeout: Duration = Field(default=3600.0, gt=0, description="for a whole upload; it is tried again then")
+
+
+TargetSection = Annotated[ExecTarget | HubTarget, Field(discriminator="type")]
+
+
 class CommandGate(Section):
     """A command that measures a candidate: it prints one JSON object of numbers."""
 
@@ -203,7 +218,7 @@ class Config(Section):
         description="a model folder, one .safetensors file, or hf://ORG/NAME@REVISION",
     )
     store: Path = Field(description="the folder for snapshots, state and the ledger")
-    method: Literal["opcm", "average", "task_arithmetic"] = Field(
+    method: Literal["opcm", "average", "task_arithmetic", "spectral_cap"] = Field(
         default="opcm", description="how deltas combine"
     )
     knobs: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
@@ -235,7 +250,7 @@ class Config(Section):
         default="auto", description="whether a person approves each fine-tune"
     )
     gates: tuple[CommandGate, ...] = Field(default=(), description="checks of a candidate, in order")
-    targets: tuple[ExecTarget, ...] = Field(default=(), description="who is told of a promotion, in order")
+    targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
     keep_refused: int = Field(default=1, ge=0, description="how many refused candidates stay for inspection")
     grace: Duration = Field(default=86400.0, description="what was current within this time stays on disk")
@@ -286,162 +301,3 @@ Config.model_rebuild()
 
 # Keys that belong to the store; a running daemon cannot change them, nor what it has opened for its lifetime.
 FIXED = ("base", "store", "method", "knobs", "added", "device", "residency", "threads", "http", "log_level")
-
-
-def locate(given: Path | None) -> Path:
-    """Find the configuration: the given file, the environment's, then the usual places."""
-    if given is not None:
-        return given
-    if named := os.environ.get(CONFIG_VARIABLE):
-        return Path(named)
-    for place in PLACES:
-        if place.is_file():
-            return place
-    raise ConfigError(
-        f"no configuration: neither {' nor '.join(map(str, PLACES))} is there",
-        hint=f"give one with -c FILE or {CONFIG_VARIABLE}; `streammerge demo` makes an example",
-    )
-
-
-def load(path: Path) -> tuple[Config, dict[str, str]]:
-    """Read and check the configuration; gives it and where each top-level value came from."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}", hint="check the path given with -c") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path}: is no UTF-8 text", hint="check the path given with -c") from exc
-    try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as exc:
-        raise ConfigError(
-            f"{path}: not readable as YAML: {exc}", hint="check indentation and quotes"
-        ) from exc
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds no keys", hint="it needs at least base, store and sources")
-    origins = {str(key): str(path) for key in raw}
-    _overlay_environment(raw, origins)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as exc:
-        raise explain(exc, path, origins) from exc
-    return resolve_paths(config, path.resolve().parent), origins
-
-
-def _overlay_environment(raw: dict[str, Any], origins: dict[str, str]) -> None:
-    """Lay STREAMMERGE__SECTION__KEY=value over the file; values are read as YAML."""
-    for variable, text in sorted(os.environ.items()):
-        if not variable.startswith(ENVIRONMENT_PREFIX):
-            continue
-        *sections, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-        place = raw
-        for section in sections:
-            inner = place.setdefault(section, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(
-                    f"{variable}: {section} is a list or a value", hint="set the whole key, as YAML"
-                )
-            place = inner
-        try:
-            place[key] = yaml.safe_load(text)
-        except yaml.YAMLError as exc:
-            raise ConfigError(
-                f"{variable}={text}: not readable as YAML", hint="quote it as YAML does"
-            ) from exc
-        origins[(sections or [key])[0]] = f"environment {variable}"
-
-
-def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> ConfigError:
-    """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
-    lines, hints = [], []
-    for found in error.errors():
-        spots = [
-            part for part in found["loc"] if part not in ("directory", "hub", "exec", "command", "Since")
-        ]
-        key = ".".join(str(part) for part in spots)
-        message = str(found["msg"]).removeprefix("Value error, ")
-        if found["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(
-                str(spots[-1]), valid_keys(found["loc"][:-1]), n=1, cutoff=0.5
-            )
-            message = "is no key of this section"
-            hints.append(
-                f"did you mean {'.'.join([*map(str, spots[:-1]), nearest[0]])}?"
-                if nearest
-                else "`streammerge config schema` lists all keys"
-            )
-        elif found["type"] == "missing":
-            message = "is missing"
-        elif found["type"] == "union_tag_not_found":
-            message = "needs a type, for example type: directory"
-        elif found["type"] == "union_tag_invalid":
-            message = f"type {found['ctx']['tag']!r} is none of {found['ctx']['expected_tags']}"
-        if not key:
-            lines.append(message)
-        else:
-            origin = origins.get(str(spots[0]), "")
-            lines.append(f"{key}: {message}" + (f" ({origin})" if origin.startswith("environment") else ""))
-    return ConfigError(
-        f"{path}: " + "; ".join(lines), hint="; ".join(hints) or "see config/streammerge.yaml for every key"
-    )
-
-
-def valid_keys(spots: Sequence[Any]) -> list[str]:
-    """List the keys valid at a place of the configuration, as pydantic names the place."""
-    models: list[type[BaseModel]] = [Config]
-    for spot in spots:
-        if chosen := [model for model in models if spot in _types_of(model)]:
-            models = chosen  # the place names which of several sections it is
-        elif fields := [m.model_fields[str(spot)] for m in models if str(spot) in m.model_fields]:
-            models = [section for field in fields for section in _sections_of(field.annotation)]
-    return [key for model in models for key in model.model_fields]
-
-
-def _types_of(model: type[BaseModel]) -> tuple[Any, ...]:
-    """The values of `type` that mean this section."""
-    return get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()
-
-
-def _sections_of(annotation: object) -> list[type[BaseModel]]:
-    """Find the sections inside tuple[Section, ...], dict[str, Section], unions and the like."""
-    if isinstance(annotation, type) and get_origin(annotation) is None:
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [section for part in get_args(annotation) for section in _sections_of(part)]
-
-
-def resolve_paths(config: Config, folder: Path) -> Config:
-    """Make every path absolute, against the folder of the file."""
-
-    def against(path: Path) -> Path:
-        return Path(os.path.abspath(folder / path.expanduser()))  # noqa: PTH100 -- must not resolve symbolic links
-
-    return config.model_copy(
-        update={
-            "base": against(config.base) if isinstance(config.base, Path) else config.base,
-            "store": against(config.store),
-            "http": config.http.model_copy(
-                update={
-                    "hub_secret_file": config.http.hub_secret_file and against(config.http.hub_secret_file)
-                }
-            ),
-            "sources": tuple(
-                part.model_copy(
-                    update={key: against(value) for key, value in part if isinstance(value, Path)}
-                )
-                for part in config.sources
-            ),
-            "targets": tuple(t.model_copy(update={"argv": _program(t.argv, folder)}) for t in config.targets),
-            "gates": tuple(g.model_copy(update={"argv": _program(g.argv, folder)}) for g in config.gates),
-        }
-    )
-
-
-def _program(argv: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    """Take a program given with a slash, like ./reload.sh, against the file."""
-    program = argv[0]
-    return (os.path.normpath(folder / program), *argv[1:]) if "/" in program else argv
-
-
-def changed_fixed(old: Config, new: Config) -> list[str]:
-    """List the keys that differ and that a reload cannot change."""
-    return [key for key in FIXED if getattr(old, key) != getattr(new, key)]

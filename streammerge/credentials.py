@@ -27,7 +27,10 @@ def read(file: Path | None, *, credential: str, variable: str = "") -> str | Non
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     place = file or (Path(directory, credential) if directory else None)
     if file is None and (place is None or not place.is_file()):
-        return os.environ.get(variable, "").strip() or None
+        text = os.environ.get(variable, "").strip()
+        if not (text.isascii() and text.isprintable()):
+            raise ConfigError(f"{variable} is no plain text of one line", hint=f"set {variable} anew")
+        return text or None
     assert place is not None
     try:
         if stat.S_IMODE(place.stat().st_mode) & stat.S_IROTH:

@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from streammerge import config as configuration
-from streammerge import credentials, files, operations, promote, reconcile, recovery, reports, screen, turns
+from streammerge import (
+    configfile,
+    credentials,
+    files,
+    operations,
+    promote,
+    reconcile,
+    recovery,
+    reports,
+    screen,
+    turns,
+)
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
@@ -264,8 +274,8 @@ class Daemon:
 
     def _read_again(self) -> Config:
         """Read the configuration file; raises ConfigError for a change that only a restart can take."""
-        fresh, _ = configuration.load(self.config_path)
-        if fixed := configuration.changed_fixed(self.config, fresh):
+        fresh, _ = configfile.load(self.config_path)
+        if fixed := configfile.changed_fixed(self.config, fresh):
             raise ConfigError(f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it")
         return fresh
 
@@ -354,7 +364,8 @@ class Daemon:
 
         def turn() -> None:
             self.news_there.clear()
-            due = promote.deliver(merge, [open_target(part, stopping) for part in merge.config.targets])
+            config = merge.config
+            due = promote.deliver(merge, [open_target(part, config, stopping) for part in config.targets])
             self.news_there.wait(min(IDLE_SECONDS, max(0.05, due - now())) if due else IDLE_SECONDS)
 
         self._for_ever(turn)

@@ -29,6 +29,7 @@ from streammerge.state import (
     State,
     StateShard,
     combine,
+    read_statistics,
     statistics_of,
     write_statistics,
 )
@@ -309,11 +310,14 @@ class Engine:
             if not is_proven:
                 base = stack.enter_context(self._open_base(recipe, hashing=True))
             slots = self._open_slots(recipe, state, stack)
+            figures = read_statistics(state, recipe.plan)
             for number, names in enumerate(plan.shards(base, dtype)):
                 declared = [(n, self._served_dtype(base, n, dtype), base.entries[n].shape) for n in names]
                 with Writer(out / base.set.files[number].name, declared) as writer:
                     for name, code, _ in declared:
-                        for values, part in self._rendered(recipe, base, slots, state.totals, finish, name):
+                        for values, part in self._rendered(
+                            recipe, base, slots, (state.totals, figures), finish, name
+                        ):
                             squares += part
                             served = values.to(dtype=torch_dtype(code))
                             if served.is_floating_point() and not bool(torch.isfinite(served).all()):
@@ -349,7 +353,7 @@ class Engine:
         recipe: Recipe,
         base: Weights,
         slots: dict[str, Weights | Resident],
-        totals: Totals,
+        known: tuple[Totals, dict[str, Tensor]],
         finish: finalize.Finalize,
         name: str,
     ) -> Iterator[tuple[Tensor, float]]:
@@ -361,7 +365,7 @@ class Engine:
         folded = recipe.plan.tied.get(name, name)
         kind = recipe.plan.kinds[folded]
         whole = kind == plan.PROJECTED
-        method = methods.load(recipe.method)
+        method, (totals, figures) = methods.load(recipe.method), known
         for start, stop in [(0, entry.elements)] if whole else element_panels(entry.elements):
             original = self._pass(base.read(name, start, stop))
             if kind == plan.COPIED or not slots:
@@ -372,9 +376,8 @@ class Engine:
                 slot: self._slot(weights, slot, folded, start, stop).reshape(shape)
                 for slot, weights in slots.items()
             }
-            delta = finalize.apply(
-                method.render(found, totals, **methods.accepted(method.render, recipe.knobs)), finish
-            ).reshape(-1)
+            given = methods.accepted(method.render, {**recipe.knobs, "figures": figures[folded]})
+            delta = finalize.apply(method.render(found, totals, **given), finish).reshape(-1)
             squares = linalg.dot(delta, delta)
             if squares:
                 exact = torch.promote_types(original.dtype, torch.float32)

@@ -8,6 +8,7 @@
     |  +- Locked            another process changes this store now
     |  +- Stopped           a stop was asked for; the work is redone later
     |  +- Withheld          the place does not give this fine-tune out now; the queue goes on
+    |  +- RateLimited       the place asks to be left alone for a while
     +- Refused              this fine-tune never goes in; recorded        the queue goes on
 
 A message says what happened with the values; the hint says what to do next.
@@ -71,6 +72,18 @@ class Withheld(TryAgain):
         """`reason` is the stable word; `message` the sentence with the values."""
         super().__init__(message, hint=hint)
         self.reason = reason
+
+
+class RateLimited(TryAgain):
+    """A place asks to be left alone for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` as the place says."""
+        super().__init__(
+            f"the rate limit is reached; no request until {seconds:.0f} s have passed",
+            hint="poll less often, or give a token, which has a limit of its own",
+        )
+        self.seconds = seconds
 
 
 class Refused(StreammergeError):

@@ -42,11 +42,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from streammerge import __version__
-from streammerge.errors import Refused, TryAgain, Withheld
+from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
+from streammerge.headers import is_file_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from huggingface_hub import HfApi
 
 MAX_JSON_BYTES = 64 << 20
 MAX_FILES = 10_000
@@ -55,23 +58,21 @@ ATTEMPTS = 4
 SAME_WRONG_CONTENT = 3  # so often in a row, and it is the place that has it wrong, not the way here
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 5.0
+LONGEST_WAIT_SECONDS = 3600.0  # that a 429 may ask for
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 STALL_BYTES = 64 << 10  # less than this in STALL_TIMEOUTS time-outs is a stalled download
 STALL_TIMEOUTS = 6
+UPLOAD_SILENCE_SECONDS = 300.0  # of a server that is being sent files, or that makes a commit of them
+ERROR_HEADERS = ("x-error-code", "x-error-message")
 
 log = structlog.get_logger()
 
 
-class RateLimited(TryAgain):
-    """The Hub asks to be left alone for `seconds`."""
+class Declined(TryAgain):
+    """The Hub says no in a way that asking once more does not change: a wrong token, a wrong address."""
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds` as the Hub's headers say."""
-        super().__init__(
-            f"the Hub's rate limit is reached; it asks to wait {seconds:.0f} s",
-            hint="poll less often, or give a token, which has a limit of its own",
-        )
-        self.seconds = seconds
+
+NOT_AT_ONCE = (RateLimited, Withheld, Stopped, Declined)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Hub:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.has_token = token is not None
         self.timeout = timeout
+        self._quiet_until = 0.0  # on time.monotonic's clock
         self._token = token
         self._beat = beat
 
@@ -190,10 +192,8 @@ class Hub:
         for attempt in range(ATTEMPTS + SAME_WRONG_CONTENT):
             try:
                 found = self._bring(repo, commit, file, target)
-            except RateLimited:
-                raise
             except TryAgain as exc:
-                if isinstance(exc, Withheld) or attempt >= ATTEMPTS - 1:
+                if isinstance(exc, NOT_AT_ONCE) or attempt >= ATTEMPTS - 1:
                     raise
                 self._pause(attempt)
                 continue
@@ -243,7 +243,7 @@ class Hub:
     def _chunks(self, answer: httpx2.Response) -> Iterator[bytes]:
         """Give the body as it comes; raises TryAgain where it stalls."""
         since, count = time.monotonic(), 0
-        for chunk in answer.iter_raw(CHUNK_BYTES):
+        for chunk in answer.iter_raw():
             yield chunk
             self._beat()
             count += len(chunk)
@@ -254,6 +254,82 @@ class Hub:
 
     def _address(self, repo: str, commit: str, path: str) -> str:
         return f"{self.endpoint}/{quote(repo)}/resolve/{quote(commit, safe='')}/{quote(path)}"
+
+    # Publishing: with the client's own paths, which may wait without end; for a process that can be ended
+
+    def make(self, repo: str, branch: str, *, private: bool | None) -> None:
+        """Make a repository and a branch; what is there already is left as it is."""
+        with self._writing(repo):
+            self._api.create_repo(repo, private=private, exist_ok=True)
+            if branch != constants.DEFAULT_REVISION:
+                self._api.create_branch(repo, branch=branch, exist_ok=True)
+
+    def commit(
+        self, repo: str, branch: str, parent: str, changes: Mapping[str, Path | bytes | None], message: str,
+        hashes: Mapping[str, str],
+    ) -> str:  # fmt: skip
+        """Change files of a branch that still ends at `parent`, all by one commit; gives that commit.
+
+        changes  path -> a file here or its content; None where it goes
+        hashes   path -> sha256 that what was sent must have, else nothing is committed
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        added = [CommitOperationAdd(path, new) for path, new in sorted(changes.items()) if new is not None]
+        gone = [CommitOperationDelete(path, is_folder=False) for path, new in changes.items() if new is None]
+        with self._writing(repo):
+            self._api.preupload_lfs_files(repo, added, revision=branch, free_memory=False)
+            for file in added:
+                if hashes.get(file.path_in_repo) not in (None, file.upload_info.sha256.hex()):
+                    raise TryAgain(
+                        f"{file.path_in_repo} is not what was sealed; nothing was published",
+                        hint="`streammerge verify` says what is damaged",
+                    )
+            made = self._api.create_commit(
+                repo, [*added, *gone], commit_message=message, revision=branch, parent_commit=parent
+            )
+        return str(made.oid)
+
+    def tag(self, repo: str, name: str, commit: str) -> None:
+        """Name a commit; a tag that is there already stays where it is."""
+        with self._writing(repo):
+            self._api.create_tag(repo, tag=name, revision=commit, exist_ok=True)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(
+            endpoint=self.endpoint,
+            token=self._token or False,
+            library_name="streammerge",
+            library_version=__version__,
+        )
+
+    @contextmanager
+    def _writing(self, repo: str) -> Iterator[None]:
+        """Turn what the client raises into what is done about it."""
+        try:
+            yield
+        except (HfHubHTTPError, httpx2.HTTPError, RuntimeError) as exc:
+            raise self._not_written(repo, exc) from exc
+
+    def _not_written(self, repo: str, error: Exception) -> TryAgain:
+        cause: BaseException | None = error  # the client wraps what ends an upload into a RuntimeError
+        while cause and not isinstance(cause, (HfHubHTTPError, httpx2.HTTPError)):
+            cause = cause.__cause__
+        if not isinstance(cause, HfHubHTTPError):
+            text = str(cause or error) or type(cause or error).__name__
+            return TryAgain(f"{self.endpoint} cannot be reached: {text}", hint=ROUTE)
+        answer = cause.response
+        if answer.status_code == httpx2.codes.PRECONDITION_FAILED:
+            return TryAgain(f"somebody else changed {repo} meanwhile", hint=UPON_THAT)
+        if answer.status_code == httpx2.codes.TOO_MANY_REQUESTS:
+            return RateLimited(_asked_wait(answer))
+        if answer.status_code in (401, 403) or isinstance(cause, RepositoryNotFoundError):
+            shown = "with this token" if self.has_token else "without a token"
+            return TryAgain(f"{repo} may not be changed {shown}: {_reason(answer)}", hint=NO_WRITE)
+        return TryAgain(f"{answer.request.url} answers {answer.status_code}: {_reason(answer)}", hint=ROUTE)
 
     # Requests
 
@@ -270,7 +346,7 @@ class Hub:
             try:
                 return self._ask(method, url, params, body)
             except TryAgain as exc:
-                if isinstance(exc, (RateLimited, Withheld)) or attempt == ATTEMPTS - 1:
+                if isinstance(exc, NOT_AT_ONCE) or attempt == ATTEMPTS - 1:
                     raise
                 self._pause(attempt)
         raise AssertionError  # the last attempt returns or raises
@@ -280,7 +356,7 @@ class Hub:
     ) -> tuple[Any, dict[str, Any]]:
         with self._answer(method, url, params=params, body=body) as answer:
             content, deadline = bytearray(), time.monotonic() + STALL_TIMEOUTS * self.timeout
-            for chunk in answer.iter_bytes(CHUNK_BYTES):
+            for chunk in answer.iter_bytes():
                 content += chunk
                 self._beat()
                 if len(content) > MAX_JSON_BYTES or time.monotonic() > deadline:
@@ -301,8 +377,13 @@ class Hub:
         body: dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
     ) -> Iterator[httpx2.Response]:
-        """Send one request; gives the answer once its head is good, else raises what this program knows."""
+        """Send one request; gives the answer once its head is good, else raises what this program knows.
+
+        After a 429 none is sent until it may be.
+        """
         self._beat()
+        if (left := self._quiet_until - time.monotonic()) > 0:
+            raise RateLimited(left)
         plain = {**self._headers, "accept-encoding": "identity", **(headers or {})}
         try:
             with get_session().stream(
@@ -316,7 +397,10 @@ class Hub:
                 if answer.is_error:
                     _raise_for(answer, url, has_token=self.has_token)
                 yield answer
-        except (httpx2.TransportError, httpx2.StreamError) as exc:
+        except RateLimited as exc:
+            self._quiet_until = time.monotonic() + exc.seconds
+            raise
+        except (httpx2.RequestError, httpx2.StreamError, httpx2.InvalidURL) as exc:
             kind = type(exc).__name__
             raise TryAgain(f"{self.endpoint} cannot be reached: {str(exc) or kind}", hint=ROUTE) from exc
 
@@ -333,10 +417,10 @@ ROUTE = "it is tried again by itself; check the network, and HF_ENDPOINT if you 
 
 
 def _raise_for(answer: httpx2.Response, url: str, *, has_token: bool) -> None:
-    """Turn an error of the Hub into what is done about it."""
-    answer.read()
+    """Turn an error of the Hub into what is done about it; its head says all, its body may be anything."""
+    told = {key: answer.headers[key] for key in ERROR_HEADERS if key in answer.headers}
     try:
-        hf_raise_for_status(answer)
+        hf_raise_for_status(httpx2.Response(answer.status_code, headers=told, request=answer.request))
     except GatedRepoError as exc:
         raise Withheld("gated", "its owner gives it only to those who asked", hint=ASK) from exc
     except DisabledRepoError as exc:
@@ -353,13 +437,18 @@ def _raise_for(answer: httpx2.Response, url: str, *, has_token: bool) -> None:
         if status in TRANSIENT or status >= httpx2.codes.INTERNAL_SERVER_ERROR:
             raise TryAgain(f"{url} answers {status}", hint=ROUTE) from exc
         hint = NO_ACCESS if status in (401, 403) else ROUTE
-        raise TryAgain(f"{url} answers {status}: {_reason(answer)}", hint=hint) from exc
+        raise Declined(f"{url} answers {status}: {_reason(answer)}", hint=hint) from exc
 
 
 ASK = "ask for access on its page with the account whose token is used; it is looked at again every hour"
 NO_ACCESS = (
     "give a token that may read it: `token_file` of the source, the systemd credential hf-token, or HF_TOKEN"
 )
+NO_WRITE = (
+    "give a token that may write there: `token_file` of the target, the systemd credential hf-token, "
+    "or HF_TOKEN"
+)
+UPON_THAT = "it is tried again by itself, upon that change"
 LOOK_AGAIN = "its branch is looked at again"
 
 
@@ -370,13 +459,15 @@ def _reason(answer: httpx2.Response) -> str:
 def _asked_wait(answer: httpx2.Response) -> float:
     """How long a 429 asks to wait: Retry-After as seconds or date, or RateLimit's reset; else a minute."""
     given = answer.headers.get("retry-after", "")
-    if given.isdigit():
-        return float(given)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
-    except (TypeError, ValueError):
-        limit = parse_ratelimit_headers(answer.headers)
-        return float(limit.reset_in_seconds) if limit else 60.0
+    if given.isascii() and given.isdigit():
+        seconds = float(given)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
+        except (TypeError, ValueError):
+            limit = parse_ratelimit_headers(answer.headers)
+            seconds = float(limit.reset_in_seconds) if limit else 60.0
+    return min(max(0.0, seconds), LONGEST_WAIT_SECONDS)
 
 
 def _nonsense(url: str) -> TryAgain:
@@ -408,14 +499,7 @@ def _file(found: object) -> File | None:
     if not isinstance(found, dict) or not isinstance(found.get("rfilename"), str):
         return None
     path, lfs = found["rfilename"], found.get("lfs")
-    parts = PurePosixPath(path).parts
-    if (
-        not path.isprintable()
-        or path.startswith("/")
-        or "\\" in path
-        or {"..", "."} & set(parts)
-        or not parts
-    ):
+    if not is_inner_path(path):
         return None
     lfs = lfs if isinstance(lfs, dict) else {}
     size = lfs.get("size", found.get("size"))
@@ -424,11 +508,23 @@ def _file(found: object) -> File | None:
     return File(path, size, str(lfs.get("sha256") or lfs.get("oid") or ""), str(found.get("blobId") or ""))
 
 
+def end_silence() -> None:
+    """Have the client, in the whole of this process, give up on a server that says nothing any more."""
+    from huggingface_hub import set_client_factory
+
+    set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=UPLOAD_SILENCE_SECONDS))
+
+
+def blob_id(content: bytes) -> str:
+    """Give the git object id of a file that lies in git itself."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 def is_inner_path(path: str) -> bool:
     """Whether a stranger's word may stand for a file below a folder, and nowhere else."""
     parts = PurePosixPath(path).parts
     strange = path.startswith("/") or "\\" in path or not parts or bool({"..", "."} & set(parts))
-    return path.isprintable() and not strange
+    return not strange and all(map(is_file_name, parts))
 
 
 def is_repo_id(name: object) -> bool:

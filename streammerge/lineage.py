@@ -1,4 +1,4 @@
-"""How a merge came about, written down: the manifest's facts, the health figures, the model card."""
+"""How a merge came about, written down: the manifest's facts, the health figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from streammerge.methods import Totals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from streammerge import finalize
     from streammerge.engine import Engine, Measured
     from streammerge.plan import Recipe
@@ -49,18 +47,3 @@ def health(totals: Totals, norm: float, measured: Measured | None) -> dict[str, 
         "kept_energy": measured.kept_energy if measured else None,
         "orthogonality": measured.orthogonality if measured else None,
     }
-
-
-def card(manifest: Mapping[str, Any]) -> str:
-    """Write the model card: what is inside, in which order, by which method."""
-    lines = [
-        "---", f"base_model: {manifest['base']['name']}", "base_model_relation: merge",
-        "tags: [merge, streammerge]", "---", "",
-        f"# Version {manifest['version']}", "",
-        f"Merged by streammerge, method `{manifest['method']}` with {manifest['knobs'] or 'no knobs'}.", "",
-        "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
-    ]  # fmt: skip
-    for number, entry in enumerate(manifest["fine_tunes"], 1):
-        origin = f"{entry['source']} | {entry['revision']} | {entry['digest'][:12]}"
-        lines.append(f"| {number} | {entry['name']} | {origin} |")
-    return "\n".join(lines) + "\n"

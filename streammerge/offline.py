@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from rich.progress import Progress
 
 from streammerge import files, finalize, methods, plan, screen
+from streammerge.card import card
 from streammerge.config import DirectorySource
 from streammerge.engine import Engine, Measured
 from streammerge.errors import ConfigError, Refused
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
-from streammerge.lineage import card, manifest_of
+from streammerge.lineage import manifest_of
 from streammerge.merging import added_globs, open_base_headers
 from streammerge.methods import Totals
 from streammerge.state import State
@@ -156,7 +157,8 @@ def _merge_in(
         "files": {f"model/{name}": {"sha256": digest} for name, digest in sorted(hashes.items())},
     }
     mark = {key: manifest[key] for key in ("base", "method", "knobs", "finalize", "fine_tunes")}
-    furnish(request.base, work / "model", card({**manifest, "version": "of a merge"}), mark, dtype)
+    text = card({**manifest, "version": "of a merge"}, base_model=request.base.name)
+    furnish(request.base, work / "model", text, mark, dtype)
     files.write_file(work / "manifest.json", files.canonical_json(manifest))
     return manifest
 

@@ -62,7 +62,7 @@ def run_once(config: Config) -> None:
             failures = look_until_settled(merge, sources, beat)
             while turns.work_once(merge, sources):
                 beat()
-            promote.deliver(merge, [open_target(part) for part in config.targets])
+            promote.deliver(merge, [open_target(part, config, beat) for part in config.targets])
             left = merge.ledger.fine_tunes("pending") if not merge.held else []
             failures += [f"{row['name']}: {row['detail']}" for row in left]
             failures += [
@@ -86,7 +86,7 @@ def obey_once(config: Config, *, forgiving: bool = False) -> None:
     merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
     try:
         operations.work_off(merge)
-        promote.deliver(merge, [open_target(part) for part in config.targets])
+        promote.deliver(merge, [open_target(part, config) for part in config.targets])
     finally:
         merge.ledger.close()
 

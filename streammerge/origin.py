@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import credentials, files
-from streammerge.errors import ConfigError, Withheld
+from streammerge.errors import ConfigError, Refused, Withheld
 from streammerge.headers import PICKLES, read_json
 from streammerge.hub import Hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from streammerge.config import Config
+    from streammerge.hub import Repo
 
 RECORD = ".origin.json"
 CODE_SUFFIXES = (".py", ".sh", ".so")
@@ -36,29 +38,43 @@ def bring_base(config: Config, beat: Callable[[], None]) -> None:
         refuse_another(config, wanted)
         return
     part = config.base_path.with_name("base.part")
-    record = read_json(part / RECORD)
     hub = Hub(token=credentials.read(None, credential="hf-token", variable="HF_TOKEN"), beat=beat)
     try:
-        found = hub.repo(repo, str(record.get("commit") or revision))
-        if record and {key: record.get(key) for key in wanted} != wanted:
-            files.remove_tree(part)
-            found = hub.repo(repo, revision)
-        part.mkdir(exist_ok=True)
-        if not (part / RECORD).exists():
-            files.write_file(part / RECORD, json.dumps({**wanted, "commit": found.sha}).encode())
-        size = sum(file.size for file in found.files)
+        found = begin(hub, part, wanted)
+        wanted_files = [file for file in found.files if is_wanted(file.path)]
+        size = sum(file.size for file in wanted_files)
         files.require_space(config.store, size, reserve_bytes=config.reserve, purpose="fetching the base")
         log.info("base.fetching", repo=repo, commit=found.sha, bytes=size)
-        for file in found.files:
-            hidden = any(piece.startswith(".") for piece in file.path.split("/"))
-            if not hidden and not PICKLES.match(file.path) and not file.path.endswith(CODE_SUFFIXES):
-                (part / file.path).parent.mkdir(parents=True, exist_ok=True)
-                with files.disk_errors("fetching the base"):
-                    hub.download(repo, found.sha, file, part / file.path)
-    except Withheld as exc:
+        for file in wanted_files:
+            (part / file.path).parent.mkdir(parents=True, exist_ok=True)
+            with files.disk_errors("fetching the base"):
+                hub.download(repo, found.sha, file, part / file.path)
+    except (Refused, Withheld) as exc:
         raise ConfigError(f"base {config.base}: {exc.message}", hint=exc.hint) from exc
     files.fsync_tree(part)
     files.rename_folder(part, config.base_path)
+
+
+def begin(hub: Hub, part: Path, wanted: dict[str, str]) -> Repo:
+    """Choose the commit: the one that was begun with, as long as it is there and still wanted."""
+    record = read_json(part / RECORD)
+    if wanted.items() <= record.items():
+        try:
+            return hub.repo(wanted["repo"], str(record["commit"]))
+        except Withheld as exc:
+            if exc.reason != "moved":
+                raise
+    files.remove_tree(part)
+    found = hub.repo(wanted["repo"], wanted["revision"])
+    part.mkdir()
+    files.replace_file(part / RECORD, json.dumps({**wanted, "commit": found.sha}).encode())
+    return found
+
+
+def is_wanted(path: str) -> bool:
+    """Whether a file of the repository is part of a base: no pickles, no code, nothing hidden."""
+    hidden = any(piece.startswith(".") for piece in path.split("/"))
+    return not hidden and not PICKLES.match(path) and not path.endswith(CODE_SUFFIXES)
 
 
 def refuse_another(config: Config, wanted: dict[str, str]) -> None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
+from streammerge.card import card
 from streammerge.collect import tidy
-from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain, Withheld
+from streammerge.errors import ConfigError, NoSpace, RateLimited, Refused, Stopped, TryAgain, Withheld
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
+from streammerge.headers import Incomplete
 from streammerge.ledger import now
-from streammerge.lineage import card, manifest_of
+from streammerge.lineage import manifest_of
 from streammerge.merging import reached
 from streammerge.methods import Totals
 from streammerge.state import State
@@ -62,14 +64,33 @@ def journey(merge: Merge, row: Row, source: Source) -> None:
 
 
 def bring(merge: Merge, row: Row, source: Source) -> None:
-    """Fetch one pending fine-tune and leave the rest of its journey for later."""
+    """Fetch one pending fine-tune and leave the rest of its journey for later.
+
+    It may be decided otherwise meanwhile, by a newer revision or a person: its files go then.
+    """
     bound = {"source": row["source"], "name": row["name"], "revision": row["revision"]}
     with structlog.contextvars.bound_contextvars(**bound):
         try:
             fetch(merge, row, source)
         except Refused as exc:
             set_aside(merge, row, "refused", exc)
-            files.remove_tree(merge.store.inbox / f"{row['id']}.part")
+        except FileNotFoundError:
+            if not is_overtaken(merge, row):
+                raise
+        if is_overtaken(merge, row):
+            remove_fetched(merge, row)
+
+
+def is_overtaken(merge: Merge, row: Row) -> bool:
+    """Whether a fine-tune was decided on while it was fetched."""
+    fresh = merge.ledger.row("select state from fine_tunes where id = ?", row["id"])
+    return fresh is None or fresh["state"] in ("superseded", "gone", "denied")
+
+
+def remove_fetched(merge: Merge, row: Row) -> None:
+    """Remove what was fetched of a fine-tune, or begun to be."""
+    for name in (f"{row['id']}", f"{row['id']}.part"):
+        files.remove_tree(merge.store.inbox / name)
 
 
 def fetch(merge: Merge, row: Row, source: Source) -> Row:
@@ -92,7 +113,7 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
             files.rename_folder(part, inbox)
         reached("fetched")
     if row["step"] == "announced":
-        digest = weights.identity(published(inbox, row), merge.engine.beat)
+        digest = identify(inbox, row, source, merge)
         if row["digest"] and digest != row["digest"]:
             files.remove_tree(inbox)
             raise TryAgain(
@@ -102,6 +123,16 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
         merge.ledger.update_fine_tune(row["id"], digest=digest, step="fetched")
         row = {**row, "digest": digest, "step": "fetched"}
     return row
+
+
+def identify(inbox: Path, row: Row, source: Source, merge: Merge) -> str:
+    """Know a fetched fine-tune by its content; what a remote revision lacks will never be in it."""
+    try:
+        return weights.identity(published(inbox, row), merge.engine.beat)
+    except Incomplete as exc:
+        if not source.is_remote:
+            raise
+        raise Refused("incomplete", exc.message, hint="publish the whole model in one commit") from exc
 
 
 def published(folder: Path, row: Row) -> Path:
@@ -200,7 +231,8 @@ def render(
         key: manifest[key]
         for key in ("version", "parent", "base", "method", "knobs", "finalize", "fine_tunes")
     }
-    furnish(recipe.base, building / "model", card(manifest), mark)
+    base_model = next(iter(merge.config.base_models), recipe.base.name)
+    furnish(recipe.base, building / "model", card(manifest, base_model=base_model), mark)
     reached("rendered")
     return manifest, hashes
 
@@ -370,7 +402,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
     state = "quarantined" if why.reason in QUARANTINED else OTHER_STATES.get(why.reason, state)
     detail = f"{why.message}; {why.hint}" if why.hint else why.message
     merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
-    files.remove_tree(merge.store.inbox / str(row["id"]))
+    remove_fetched(merge, row)
     if state in ("refused", "quarantined"):
         merge.metrics.refused.labels(why.reason).inc()
     if state != "denied":
@@ -383,6 +415,9 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
     if isinstance(why, Withheld):
         withhold(merge, row, why)
         return 0.0
+    if isinstance(why, RateLimited):
+        leave_alone(merge, row["source"], why)
+        return now() + why.seconds
     wait = RETRY_SECONDS[min(row["attempts"], len(RETRY_SECONDS) - 1)]
     wait = min(wait, SPACE_SECONDS) if isinstance(why, NoSpace) else wait
     merge.ledger.update_fine_tune(
@@ -399,6 +434,16 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
         retry_seconds=wait,
     )
     return now() + wait
+
+
+def leave_alone(merge: Merge, source: str, why: RateLimited) -> None:
+    """Ask a source for nothing until it may be asked; no fine-tune is to blame."""
+    merge.ledger.write(
+        "update fine_tunes set next_try_at = max(next_try_at, ?), detail = ? "
+        "where source = ? and state = 'pending' and step = 'announced'",
+        now() + why.seconds, why.message, source,
+    )  # fmt: skip
+    log.info("source.rate_limited", source=source, retry_seconds=round(why.seconds, 1))
 
 
 def withhold(merge: Merge, row: Row, why: Withheld) -> None:

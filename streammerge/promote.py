@@ -120,7 +120,12 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
         )
         merge.metrics.told.labels(target.name, "failed").inc()
         log.warning(
-            "target.failed", target=target.name, version=row["version"], error=exc.message, retry_seconds=wait
+            "target.failed",
+            target=target.name,
+            version=row["version"],
+            error=exc.message,
+            hint=exc.hint,
+            retry_seconds=wait,
         )
         return False
     finally:

@@ -62,6 +62,11 @@ def failed(ledger: Ledger, source: str, error: str) -> None:
     )
 
 
+def forget(ledger: Ledger, source: str, name: str) -> None:
+    """Have what a source sees of a fine-tune next count as new to it."""
+    ledger.write("update sightings set revision = '' where (source, name) = (?, ?)", source, name)
+
+
 def drop_sources(merge: Merge, names: Iterable[str]) -> None:
     """What a source that is no longer configured had announced will not be folded, unless it was fetched."""
     kept = set(names)
@@ -92,6 +97,10 @@ def record(
         "select * from fine_tunes where (source, name, revision) = (?, ?, '')", config.name, sighting.name
     )
     if not sighting.revision:
+        if waiting is None and any(
+            r["state"] == "waiting" for r in undecided(ledger, config.name, sighting.name)
+        ):
+            return  # the pipeline was refused it, and has said so
         if waiting is None:
             note_waiting(merge, config, sighting, published, state="ignored" if is_unwanted else "waiting")
         else:
@@ -201,7 +210,7 @@ def still_waiting(merge: Merge, row: Row, sighting: Sighting, looked_at: float) 
         "select first_seen_at from sightings where (source, name) = (?, ?)", row["source"], row["name"]
     )
     unchanged_seconds = looked_at - (seen["first_seen_at"] if seen else looked_at)
-    late = unchanged_seconds > merge.config.incomplete_after
+    late = unchanged_seconds > merge.config.incomplete_after and not sighting.is_withheld
     state, reason = ("refused", "incomplete") if late else ("waiting", "")
     if (state, sighting.waiting_for) != (row["state"], row["detail"]):
         merge.ledger.update_fine_tune(
@@ -231,5 +240,7 @@ def mark_gone(
         is_missing = row["name"] not in present if only is None else row["name"] in only
         if row["source"] == source and is_missing and row["step"] == "announced":
             merge.ledger.update_fine_tune(row["id"], state="gone", detail=why)
+            if only is not None:  # such a source tells of changes alone: its coming back is to be one
+                forget(merge.ledger, source, row["name"])
             merge.metrics.decided.labels(source, "gone").inc()
             log.info("finetune.gone", source=source, name=row["name"])

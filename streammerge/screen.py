@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
+    "corrupted": "a file whose content is not what its place declares",
     "denied": "taken out by a rollback or rejected by a person",
     "duplicate": "the same content is folded or waiting already",
     "empty": "a file without weights",

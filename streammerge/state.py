@@ -210,17 +210,23 @@ def combine(parts: list[tuple[float, float, float]]) -> tuple[float, float, floa
     )
 
 
+def read_statistics(state: State, kinds: plan.Plan) -> dict[str, Tensor]:
+    """Read the figures of all that was folded: weight -> [fine-tunes, 3] float64; Damaged if changed."""
+    if not state.has_slots():
+        return dict.fromkeys(kinds.merged, torch.empty(0, 3, dtype=torch.float64))
+    declared = [(name, "F64", (state.totals.count, 3)) for name in kinds.merged]
+    with open_sealed(state, STATISTICS, declared) as found:
+        figures = {name: found.read(name) for name in found.entries}
+        if damage := damage_of(found, state, STATISTICS):
+            raise damage
+    return figures
+
+
 def write_statistics(
     old: State, out: Path, latest: Mapping[str, tuple[float, float, float]], kinds: plan.Plan
 ) -> str:
     """Append the latest fine-tune's figures: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
-    earlier = dict.fromkeys(kinds.merged, torch.empty(0, 3, dtype=torch.float64))
-    if old.has_slots():
-        declared = [(name, "F64", (old.totals.count, 3)) for name in kinds.merged]
-        with open_sealed(old, STATISTICS, declared) as found:
-            earlier = {name: found.read(name) for name in found.entries}
-            if damage := damage_of(found, old, STATISTICS):
-                raise damage
+    earlier = read_statistics(old, kinds)
     rows = {
         name: torch.cat([earlier[name], torch.tensor([latest[name]], dtype=torch.float64)])
         for name in kinds.merged

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.sources import Source
 
+FETCHED_AHEAD = 2
+
 log = structlog.get_logger()
 
 
@@ -86,10 +88,14 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
 
 
 def fetch_once(merge: Merge, source: Source) -> bool:
-    """Bring the next fine-tune that a source announced; False if there is none to bring now."""
-    due = [row for row in merge.ledger.fine_tunes("pending") if row["next_try_at"] <= now()]
-    row = next((r for r in due if r["source"] == source.name and r["step"] == "announced"), None)
-    if row is None:
+    """Bring the next fine-tune that a source announced; False if there is none to bring now.
+
+    Never many more than are folded: what lies in the inbox takes the room that a fold needs.
+    """
+    pending = [row for row in merge.ledger.fine_tunes("pending") if row["source"] == source.name]
+    announced = [row for row in pending if row["step"] == "announced"]
+    row = next((row for row in announced if row["next_try_at"] <= now()), None)
+    if row is None or len(pending) - len(announced) >= FETCHED_AHEAD:
         return False
     try:
         pipeline.bring(merge, row, source)

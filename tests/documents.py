@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from streammerge import config as configuration
+from streammerge import configfile
 from streammerge.cli.console import app
 from streammerge.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "streammerge"
@@ -104,3 +108,13 @@ def commands() -> dict[str, Any]:
 def root_command() -> Any:
     """Give the command line as click sees it."""
     return typer.main.get_command(app)
+
+
+def sections(kind: str) -> list[type[BaseModel]]:
+    """Give every section that can stand in one of the configuration's lists, such as `sources`."""
+    return configfile._sections_of(configuration.Config.model_fields[kind].annotation)
+
+
+def types(section: type[BaseModel]) -> tuple[str, ...]:
+    """Give the values of `type` that mean this section."""
+    return tuple(map(str, configfile._types_of(section)))

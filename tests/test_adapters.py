@@ -7,8 +7,10 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import models
+import peft
 import pytest
 import torch
+import transformers
 from benches import bench
 from daemons import Site, command
 from safetensors.torch import load_file, save_file
@@ -23,9 +25,6 @@ from streammerge.plan import DEFAULT_ADDED, make
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights; what comes of them is tested
 RELATIVE = 1e-6
@@ -102,7 +101,7 @@ def adapt(folder: Path, make_model: Callable[[], Any], options: dict[str, Any]) 
     torch.manual_seed(1)
     for parameter in {p.data_ptr(): p for p in adapted.parameters() if p.requires_grad}.values():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
     return adapted
 
 

@@ -183,7 +183,7 @@ def test_trying_sources_and_targets(tmp_path: Path, made: Site) -> None:
     """`sources test` and `targets test` say how each is, exit 75 if one fails, and change nothing."""
     site = made.copy(tmp_path / "site")
     assert site.ask("sources", "test") == [
-        {"name": "team", "state": "ok", "error": None, "fine_tunes": ["model"]}
+        {"name": "team", "state": "ok", "error": None, "fine_tunes": ["model"], "notes": {"model": ""}}
     ]
     assert [target["state"] for target in site.ask("targets", "test")] == ["confirmed"]
     site.inflow.rename(site.root / "away")

@@ -12,12 +12,13 @@ import yaml
 from daemons import REPOSITORY, SOURCE, Site, command
 
 from streammerge import config as configuration
-from streammerge import files
+from streammerge import configfile, files, quantities
 from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+HUB = {"name": "lineage", "type": "hub", "repos": ["org/one"], "first_run": "ignore"}
 GATE = {"name": "q", "type": "command", "argv": ["/bin/true"], "limits": {"mean": {"min": 0.5}}}
 
 
@@ -38,7 +39,7 @@ def write(folder: Path, **keys: Any) -> Path:
 def refused(folder: Path, **keys: Any) -> ConfigError:
     """Give the error that a configuration is refused with."""
     with pytest.raises(ConfigError) as caught:
-        configuration.load(write(folder, **keys))
+        configfile.load(write(folder, **keys))
     assert str(folder / "streammerge.yaml") in caught.value.message
     return caught.value
 
@@ -66,6 +67,7 @@ def refused(folder: Path, **keys: Any) -> ConfigError:
             "targets.0.timeout",
         ),
         ({"sources": [{**SOURCE, "first_run": {"sinc": "2026-01-01"}}]}, "first_run", "since"),
+        ({"sources": [{**HUB, "relation": ["adapter"]}]}, "sources.0.relation", "sources.0.relations"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_one(
@@ -89,7 +91,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(
         ({"sources": [SOURCE, SOURCE]}, ["sources", "team"]),
         ({"sources": [{**SOURCE, "name": "Team 1"}]}, ["sources.0.name"]),
         ({"sources": [{"name": "x", "type": "directory"}]}, ["sources.0.path", "missing"]),
-        ({"sources": [{**SOURCE, "type": "carrier-pigeon"}]}, ["sources.0.type"]),
+        (
+            {"sources": [{**SOURCE, "type": "carrier-pigeon"}]},
+            ["sources.0", "type 'carrier-pigeon'", "'directory'", "'hub'"],
+        ),
+        ({"sources": [{"name": "x", "path": "./x"}]}, ["sources.0", "needs a type"]),
+        ({"sources": [{**HUB, "repos": ["no-owner"]}]}, ["sources.0.repos.0"]),
+        ({"sources": [{**HUB, "repos": []}]}, ["lineage", "base_models, authors or repos"]),
+        (
+            {"sources": [{k: v for k, v in HUB.items() if k != "first_run"}]},
+            ["sources.0.first_run", "missing"],
+        ),
+        ({"base": "hf://no-owner"}, ["base", "hf://no-owner", "hf://ORG/NAME@REVISION"]),
         ({"device": "tpu"}, ["device"]),
         ({"http": {"listen": "9478"}}, ["http.listen"]),
         ({"base": None}, ["base"]),
@@ -108,7 +121,7 @@ def test_what_is_no_configuration_is_refused(folder: Path, content: bytes) -> No
     path = folder / "streammerge.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"streammerge\.yaml"):
-        configuration.load(path)
+        configfile.load(path)
 
 
 def test_the_command_line_says_it_and_exits_2(folder: Path) -> None:
@@ -139,25 +152,30 @@ def test_durations_and_sizes_read_and_print_the_same() -> None:
     """What is printed reads back as the same number, and every unit is what it says."""
     durations = {"30s": 30, "1h30m": 5400, "250ms": 0.25, "2d": 172800, "1w": 604800, 7: 7}
     for text, seconds in durations.items():
-        assert configuration.parse_duration(text) == seconds
-        assert configuration.parse_duration(configuration.write_duration(seconds)) == seconds
+        assert quantities.parse_duration(text) == seconds
+        assert quantities.parse_duration(quantities.write_duration(seconds)) == seconds
     sizes = {"20GiB": 20 * 2**30, "500 MB": 5 * 10**8, "1.5KiB": 1536, "12": 12, 12: 12}
     for text, size in sizes.items():
-        assert configuration.parse_size(text) == size
-        assert configuration.parse_size(configuration.write_size(size)) == size
+        assert quantities.parse_size(text) == size
+        assert quantities.parse_size(quantities.write_size(size)) == size
 
 
 def test_paths_are_taken_against_the_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Relative paths and programs mean the same wherever the command is run; plain names use PATH."""
     gate = {**GATE, "argv": ["./score", "./argument"]}
     target = {"name": "t", "type": "exec", "argv": ["echo", "./argument"]}
-    path = write(folder, gates=[gate], targets=[target])
+    sources = [SOURCE, {**HUB, "token_file": "./token"}]
+    path = write(
+        folder, gates=[gate], targets=[target], sources=sources, http={"hub_secret_file": "./secret"}
+    )
     shown = json.loads(
         command("config", "show", "--json", "-c", path, cwd=tmp_path_factory.mktemp("elsewhere")).stdout
     )
     assert shown["base"]["value"] == str(folder / "base")
     assert shown["store"]["value"] == str(folder / "store")
     assert shown["sources"]["value"][0]["path"] == str(folder / "fine-tunes")
+    assert shown["sources"]["value"][1]["token_file"] == str(folder / "token")
+    assert shown["http"]["value"]["hub_secret_file"] == str(folder / "secret")
     assert shown["gates"]["value"][0]["argv"] == [str(folder / "score"), "./argument"]
     assert shown["targets"]["value"][0]["argv"] == ["echo", "./argument"]
 
@@ -172,7 +190,7 @@ def test_the_environment_lies_over_the_file(folder: Path) -> None:
     }
     shown = json.loads(command("config", "show", "--json", "-c", path, env=env).stdout)
     assert (shown["keep"]["value"], shown["keep"]["origin"]) == (7, "environment STREAMMERGE__KEEP")
-    assert shown["http"]["value"] == {"listen": "127.0.0.1:1234"}
+    assert shown["http"]["value"]["listen"] == "127.0.0.1:1234"
     assert shown["added"]["value"] == ["x*"]
     assert shown["base"]["origin"] == str(path)
     assert shown["method"] == {"value": "opcm", "origin": "default"}

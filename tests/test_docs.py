@@ -22,17 +22,20 @@ from documents import (
     declared_metrics,
     first_words,
     section,
+    sections,
     table,
+    types,
     words,
 )
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
+from streammerge import adapters, errors, ledger, methods, operations, screen
 from streammerge import config as configuration
-from streammerge import errors, ledger, methods, operations, screen
 from streammerge.metrics import DECISIONS, STAGES
 from streammerge.offline import ALLOWABLE
 from streammerge.server import Views, make_app
+from streammerge.sources import hub as hub_source
 from streammerge.targets import exec as exec_target
 
 if TYPE_CHECKING:
@@ -67,15 +70,15 @@ def value_of(field: Any, text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(
-    ("title", "model"),
-    [
-        ("Keys", configuration.Config),
-        ("One of `sources`", configuration.DirectorySource),
-        ("One of `gates`", configuration.CommandGate),
-        ("One of `targets`", configuration.ExecTarget),
-    ],
-)
+KEYS = [("Keys", configuration.Config)] + [
+    (f"One of `{kind}`, `type: {name}`", model)
+    for kind in ("sources", "gates", "targets")
+    for model in sections(kind)
+    for name in types(model)
+]
+
+
+@pytest.mark.parametrize(("title", "model"), KEYS, ids=[title for title, _ in KEYS])
 def test_every_configuration_key_is_documented_with_its_default(title: str, model: type[BaseModel]) -> None:
     """docs/configure.md has exactly the keys that the code reads, each with the default it has there."""
     documented = by_word(section("configure.md", title).split("\n### ")[0], "key")
@@ -121,22 +124,13 @@ def test_every_tail_of_opcm_is_documented() -> None:
     assert set(first_words(section("methods.md", "opcm"), "tail")) == set(get_args(kind))
 
 
-@pytest.mark.parametrize(
-    ("page", "model", "folder"),
-    [
-        ("sources.md", configuration.DirectorySource, "sources"),
-        ("targets.md", configuration.ExecTarget, "targets"),
-        ("gates.md", configuration.CommandGate, ""),
-    ],
-)
-def test_every_type_of_source_target_and_gate_is_documented(
-    page: str, model: type[BaseModel], folder: str
-) -> None:
+@pytest.mark.parametrize("kind", ["sources", "targets", "gates"])
+def test_every_type_of_source_target_and_gate_is_documented(kind: str) -> None:
     """Each page has one section a type, and the types are the modules of the folder where there is one."""
-    titles = re.findall(r"^## (\w+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
-    assert titles == list(get_args(model.model_fields["type"].annotation))
-    if folder:
-        modules = {path.stem for path in (PACKAGE / folder).glob("*.py")}
+    titles = re.findall(r"^## (\w+)$", (DOCS / f"{kind}.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles == [name for model in sections(kind) for name in types(model)]
+    if (PACKAGE / kind).is_dir():
+        modules = {path.stem for path in (PACKAGE / kind).glob("*.py")}
         assert set(titles) == modules - {"__init__"}
 
 
@@ -227,7 +221,7 @@ def test_every_log_event_is_documented_with_its_level() -> None:
                 assert events, f"{path.name}:{call.lineno}: the event is no constant"
                 logged |= {(event, "error" if level == "exception" else level) for event in events}
     rows = by_word(section("operate.md", "Log events"), "event")
-    assert {(event, row[1]) for event, row in rows.items()} == logged
+    assert {(event, level) for event, row in rows.items() for level in row[1].split(", ")} == logged
 
 
 def test_every_reason_is_documented() -> None:
@@ -246,6 +240,28 @@ def test_every_refusal_in_the_code_has_a_documented_reason() -> None:
     assert raised
     for path, call in raised:
         assert constants(call.args[0]) <= documented, f"{path.name}:{call.lineno}"
+
+
+def test_every_rule_of_a_hub_source_is_documented() -> None:
+    """docs/refusals.md has each rule by which a repository is left out, with the state `ignored`."""
+    rules = set(re.findall(r'(?:yield |_excluded\(repo, )"(\w+)"', inspect.getsource(hub_source)))
+    assert {"names", "first_run"} <= rules
+    rows = by_word(section("refusals.md", "Left out without a refusal"), "word")
+    assert rules <= {word for word, row in rows.items() if row[1] == "ignored"}
+
+
+def test_what_is_withheld_is_documented() -> None:
+    """docs/refusals.md has exactly the words for what a place does not give out now."""
+    raised = {word for _, call in calls() if getattr(call.func, "id", "") == "Withheld"
+              for word in constants(call.args[0])}  # fmt: skip
+    assert set(first_words(section("refusals.md", "Not given out now"), "word")) == raised
+
+
+def test_every_adapter_that_is_refused_by_its_settings_is_documented() -> None:
+    """docs/adapters.md names each setting under which an adapter is no plain LoRA of its base."""
+    named = set(first_words(section("adapters.md", "What is refused"), "setting"))
+    assert set(adapters.UNSUPPORTED) <= named
+    assert set(adapters.INITS_THAT_CHANGE_THE_BASE) <= named
 
 
 def test_every_state_is_documented() -> None:

@@ -21,11 +21,13 @@ from documents import (
     first_words,
     read,
     root_command,
+    sections,
     table,
     words,
 )
 
 from streammerge import config as configuration
+from streammerge import configfile
 from streammerge.merging import STEPS
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 EXAMPLE = ROOT / "config" / "streammerge.yaml"
 COMMENTED_OUT = re.compile(r"^#(?=\S|  )", re.MULTILINE)  # "#key:" and what is indented below; prose has "# "
 LISTS = ("sources", "gates", "targets")
+EXAMPLES = ("limits", "base_models")  # at their defaults these would show nothing
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -45,15 +48,16 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 def no_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in the environment overlays the file."""
     for variable in list(os.environ):
-        if variable.startswith(configuration.ENVIRONMENT_PREFIX):
+        if variable.startswith(configfile.ENVIRONMENT_PREFIX):
             monkeypatch.delenv(variable)
 
 
 @pytest.mark.usefixtures("no_overlay")
 def test_the_example_loads_as_it_stands_and_sets_only_what_must_be_set() -> None:
     """config/streammerge.yaml is valid; a key that it does not comment out is required or the default."""
-    found, _ = configuration.load(EXAMPLE)
+    found, _ = configfile.load(EXAMPLE)
     (source,) = found.sources
+    assert isinstance(source, configuration.DirectorySource)
     plain = configuration.DirectorySource(type="directory", name=source.name, path=source.path)
     assert found == configuration.Config(base=found.base, store=found.store, sources=(plain,))
 
@@ -63,7 +67,7 @@ def test_the_example_has_every_key_at_its_default(tmp_path: Path) -> None:
     """With the sign before each commented key taken away, the file has every key at its default."""
     text = COMMENTED_OUT.sub("", EXAMPLE.read_text(encoding="utf-8"))
     (tmp_path / "streammerge.yaml").write_text(text, encoding="utf-8")
-    found, _ = configuration.load(tmp_path / "streammerge.yaml")
+    found, _ = configfile.load(tmp_path / "streammerge.yaml")
     raw = yaml.safe_load(text)
     lists = {kind: getattr(found, kind) for kind in LISTS}
     assert found == configuration.Config(base=found.base, store=found.store, **lists)
@@ -74,11 +78,14 @@ def test_the_example_has_every_key_at_its_default(tmp_path: Path) -> None:
         ("http", configuration.Http),
     ):
         assert set(raw[name]) == set(model.model_fields), name
-    for kind, (part,) in lists.items():
-        assert set(raw[kind][0]) == set(type(part).model_fields), kind
-        for key, field in type(part).model_fields.items():
-            if not field.is_required() and key != "limits":  # these are an example
-                assert getattr(part, key) == field.get_default(call_default_factory=True), f"{kind}.{key}"
+    for kind, parts in lists.items():
+        assert {type(part) for part in parts} == set(sections(kind)), kind
+        for written, part in zip(raw[kind], parts, strict=True):
+            assert set(written) == set(type(part).model_fields), f"{kind}: {part.type}"
+            for key, field in type(part).model_fields.items():
+                if not field.is_required() and key not in EXAMPLES:
+                    default = field.get_default(call_default_factory=True)
+                    assert getattr(part, key) == default, f"{kind}: {part.type}: {key}"
     assert set(raw["gates"][0]["limits"]["mean"]) == set(configuration.Limit.model_fields)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from streammerge import config as configuration
+from streammerge import configfile
 
 if TYPE_CHECKING:
     from streammerge.config import Config
@@ -75,7 +75,7 @@ def print_json(value: object) -> None:
 
 def read_config(path: Path | None) -> Config:
     """Find and read the configuration."""
-    return configuration.load(configuration.locate(path))[0]
+    return configfile.load(configfile.locate(path))[0]
 
 
 def size(count: float) -> str:

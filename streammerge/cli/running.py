@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from streammerge import __version__
-from streammerge import config as configuration
+from streammerge import __version__, configfile
 from streammerge.cli.console import ConfigOption, JsonOption, app, err, out, print_json, read_config
 from streammerge.errors import ConfigError, StreammergeError
 
@@ -25,8 +24,8 @@ def run(
     """Watch the sources and keep the merged model up to date, until SIGTERM."""
     from streammerge import logs
 
-    path = configuration.locate(config)
-    settings = configuration.load(path)[0]
+    path = configfile.locate(config)
+    settings = configfile.load(path)[0]
     logs.configure(level=settings.log_level)
     if once:
         from streammerge.once import run_once
@@ -61,7 +60,9 @@ def healthcheck(config: ConfigOption = None) -> None:
 def merge(
     fine_tunes: Annotated[
         list[Path],
-        typer.Argument(metavar="FT…", help="Model folders or .safetensors files, in folding order."),
+        typer.Argument(
+            metavar="FT…", help="Model folders, adapters or .safetensors files, in folding order."
+        ),
     ],
     base: Annotated[Path, typer.Option(help="A model folder or one .safetensors file.")],
     target: Annotated[Path, typer.Option("--out", help="A new folder: gets model/ and manifest.json.")],
@@ -175,7 +176,9 @@ def parse_address(text: str) -> tuple[str, int]:
     from pydantic import ValidationError
 
     try:
-        return configuration.Http(listen=text).address
+        from streammerge.config import Http
+
+        return Http(listen=text).address
     except ValidationError as exc:
         raise ConfigError(
             f"--listen {text}: no address:port", hint="write for example --listen 127.0.0.1:8090"

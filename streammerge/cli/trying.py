@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from streammerge import config as configuration
+from streammerge import configfile
 from streammerge.cli.console import (
     ConfigOption,
     JsonOption,
@@ -67,14 +67,16 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
     if serving is None:
         raise StreammergeError("nothing is served yet", hint="`streammerge status` says why")
     snapshot, found = snapshots.read(serving), []
+    hints: dict[str | None, str] = {}
     for part in settings.targets:
         try:
-            open_target(part).tell(
+            open_target(part, settings).tell(
                 Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}")
             )
             found.append({"name": part.name, "state": "confirmed", "error": None})
         except TryAgain as exc:
             found.append({"name": part.name, "state": "failing", "error": exc.message})
+            hints[part.name] = exc.hint
     if as_json:
         print_json(found)
     for entry in found if not as_json else []:
@@ -83,6 +85,8 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
             + (f", {escape(str(entry['error']))}" if entry["error"] else ""),
             soft_wrap=True,
         )
+        if hint := hints.get(entry["name"]):
+            out.print(f"  hint: {escape(hint)}", soft_wrap=True)
     if any(entry["error"] for entry in found):
         raise typer.Exit(75)
 
@@ -92,8 +96,8 @@ def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) ->
     """Check the configuration and the base, and say what the store will take."""
     from streammerge import offline
 
-    place = configuration.locate(config)
-    found = offline.check(configuration.load(place)[0])
+    place = configfile.locate(config)
+    found = offline.check(configfile.load(place)[0])
     if as_json:
         print_json({"file": str(place), **found})
         return
@@ -112,7 +116,7 @@ def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) ->
 @config_app.command("show")
 def show_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     """Print every effective value and where it came from."""
-    settings, origins = configuration.load(configuration.locate(config))
+    settings, origins = configfile.load(configfile.locate(config))
     values = settings.model_dump(mode="json")
     if as_json:
         print_json(
@@ -128,4 +132,6 @@ def show_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
 @config_app.command("schema")
 def show_schema() -> None:
     """Print the JSON Schema of the configuration."""
-    print_json(configuration.Config.model_json_schema())
+    from streammerge.config import Config
+
+    print_json(Config.model_json_schema())

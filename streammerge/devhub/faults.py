@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
@@ -187,8 +188,8 @@ class Injector:
                 send = cut(send)
         try:
             await app(scope, receive, send)
-        except* Cut:
-            pass  # an answer that ends early has the server close the connection
+        except* (Cut, ClientDisconnect):
+            pass  # an answer that ends early has the server close the connection; nobody waits for the other
 
     def _noted(self, seen: Seen, send: Send) -> Send:
         async def through(message: Message) -> None:

@@ -5,7 +5,8 @@ A method is a module of pure functions on one weight:
     SLOTS                               tensors remembered per weight, with their dtypes
     WEIGHTED                            whether a fine-tune's own weight counts
     fold(slots, arrival, **knobs)       one delta in -> new slots
-    render(slots, totals, **knobs)      what to add to the base now
+    render(slots, totals, **knobs)      what to add to the base now; a parameter `figures` is given the
+                                        recorded figures of this weight, [fine-tunes, 3] float64
     prepare(slots, **knobs)             optional: data derived from the state alone, merged into `slots`
                                         before `fold`; the daemon may compute it before the delta is there
     unfold(slots, arrival, **knobs)     optional, only where taking out is exact
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from streammerge.linalg import Delta
 
-NAMES = ("opcm", "average", "task_arithmetic")
+NAMES = ("opcm", "average", "task_arithmetic", "spectral_cap")
 DEFAULT = "opcm"
 
 Slots = dict[str, torch.Tensor]

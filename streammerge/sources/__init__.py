@@ -24,6 +24,7 @@ class Sighting:
 
     revision      "" while it is not complete; then what names this content for good
     waiting_for   why it is not complete yet, "" once it is
+    is_withheld   whether it is complete and kept back by others: that may take as long as it takes
     until         when the source expects to know more, seconds since 1970; 0.0 if it cannot tell
     refused       a reason to refuse it at once, seen from outside ("" for none); waiting_for tells more
     excluded      the rule of the configuration that leaves it out ("" for none); waiting_for tells more
@@ -38,6 +39,7 @@ class Sighting:
     revision: str
     published_at: float
     waiting_for: str = ""
+    is_withheld: bool = False
     until: float = 0.0
     refused: str = ""
     excluded: str = ""

@@ -10,16 +10,19 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import threading
 import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
 
 from streammerge import credentials, headers
 from streammerge.config import Since
-from streammerge.errors import Stopped, TryAgain, Withheld
-from streammerge.hub import Hub, RateLimited, Repo, is_repo_id
+from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
+from streammerge.hub import ROUTE, Hub, Repo, is_repo_id
 from streammerge.sources import Look, Sighting
 
 if TYPE_CHECKING:
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
 OVERLAP_SECONDS = 900.0  # a listing may show a change later than its time: so far back it is read again
 RECHECK_SECONDS = 3600.0  # what is gated, disabled or gone
 SOON_SECONDS = 5.0
+FAILURES_IN_A_ROW = 3  # so many, and it is the Hub that fails, not the repository
 PREVIEWED = 50
+TOO_OLD = "its weights are older than first_run wants them"
+FIRST = "first"  # among the ends of listings, which have a colon in their names
 OWN_MARK = "streammerge.json"
 OWN_TAG = "streammerge"
 NOT_FINE_TUNES = ("merge", "quantized")
@@ -60,7 +66,6 @@ class HubRepositories:
         self._beat, self._clock = beat, clock
         token = credentials.read(config.token_file, credential="hf-token", variable="HF_TOKEN")
         self.hub = Hub(endpoint=config.endpoint, token=token, timeout=config.timeout, beat=beat)
-        self._quiet_until = 0.0
         self._recheck_at: dict[str, float] = {}
         self._mentioned: set[str] = set()
         self._lock = threading.Lock()
@@ -68,66 +73,88 @@ class HubRepositories:
     # Looking
 
     def look(self, known: Mapping[str, Known], mark: str) -> Look:
-        """Read the listings down to where the last look ended, and ask about what is new there."""
-        now = self._clock()
-        if now < self._quiet_until:
-            raise RateLimited(self._quiet_until - now)
-        try:
-            return self._look(known, _read_mark(mark), now)
-        except RateLimited as exc:
-            self._quiet_until = now + exc.seconds
-            raise
+        """Read the listings down to where the last look ended, and ask about what is new there.
 
-    def _look(self, known: Mapping[str, Known], marks: dict[str, float], now: float) -> Look:
+        What is seen before the Hub fails is kept; the listings are then read from the same place again.
+        """
         with self._lock:
             mentioned, self._mentioned = self._mentioned, set()
         try:
-            listed, ends = self._listed(marks, now)
-            listed |= {
-                name: None
-                for name in (*self.config.repos, *mentioned, *self._due_again(known, now))
-                if name not in listed
-            }
-            if not marks and self.config.first_run == "ignore":
-                ends["first"], listed = max(ends.values(), default=now), {}
-            seen: list[Sighting] = []
-            gone, failed = set(), set()
-            for name, listing in listed.items():
-                try:
-                    sighting = self._see(name, listing, known.get(name), marks.get("first", 0.0))
-                except Withheld as exc:
-                    self._recheck_at[name] = now + RECHECK_SECONDS
-                    gone.add(name)
-                    log.info("hub.withheld", source=self.name, repo=name, reason=exc.reason)
-                except (RateLimited, Stopped):
-                    raise
-                except TryAgain as exc:
-                    failed.add(name)
-                    log.warning("hub.repository_failed", source=self.name, repo=name, error=exc.message)
-                else:
-                    seen += [sighting] if sighting else []
-        except TryAgain:
-            self._remember(mentioned)
+            return self._look(known, _Mark.read(mark), mentioned)
+        except BaseException:
+            with self._lock:
+                self._mentioned |= mentioned
             raise
-        if not failed:
-            return Look(seen, frozenset(gone), json.dumps(ends))
-        # The listing is read from the same place again; what was seen meanwhile is recognised by its commit.
-        self._remember(mentioned & failed)
-        return Look(seen, frozenset(gone), json.dumps(marks), now + SOON_SECONDS)
 
-    def _remember(self, names: set[str]) -> None:
+    def _look(self, known: Mapping[str, Known], mark: _Mark, mentioned: set[str]) -> Look:
+        listed, ends = self._listed(mark)
+        if not mark.ends and self.config.first_run == "ignore":
+            # By the Hub's own clock: ours may be another.
+            there = [repo.last_modified for repo in listed.values() if repo]
+            ends[FIRST] = max([*there, *self._last_changes(self.config.repos)], default=0.0)
+            mark = _Mark({FIRST: ends[FIRST]})
+        asked = {*self.config.repos, *mentioned, *mark.failed, *self._due_again(known)}
+        listed |= dict.fromkeys(sorted(asked - listed.keys()))
+        listed = dict(sorted(listed.items(), key=lambda item: item[1].last_modified if item[1] else math.inf))
+        seen: list[Sighting] = []
+        gone, failed = set(), []
+        in_a_row = 0
+        for name, listing in listed.items():
+            try:
+                sighting = self._see(
+                    name, listing, known.get(name), self._floor(ends), is_wanted_now=name in asked
+                )
+            except Withheld as exc:
+                self._recheck_at[name] = self._clock() + RECHECK_SECONDS
+                gone.add(name)
+                log.info("hub.withheld", source=self.name, repo=name, reason=exc.reason)
+            except Stopped:
+                raise
+            except TryAgain as exc:
+                failed.append(name)
+                in_a_row += 1
+                log.warning("hub.repository_failed", source=self.name, repo=name, error=exc.message)
+                if isinstance(exc, RateLimited) or in_a_row == FAILURES_IN_A_ROW:
+                    return self._cut_short(exc, seen, gone, mark, mentioned)
+            else:
+                in_a_row = 0
+                seen += [sighting] if sighting else []
+        again_at = self._clock() + SOON_SECONDS if failed else 0.0
+        return Look(seen, frozenset(gone), str(_Mark(ends, tuple(failed))), again_at)
+
+    def _cut_short(
+        self, why: TryAgain, seen: list[Sighting], gone: set[str], mark: _Mark, mentioned: set[str]
+    ) -> Look:
+        """Keep what was seen before the Hub failed, and the mark; raises where nothing was."""
+        if not seen and not gone:
+            raise why
         with self._lock:
-            self._mentioned |= names
+            self._mentioned |= mentioned
+        wait = why.seconds if isinstance(why, RateLimited) else SOON_SECONDS
+        return Look(seen, frozenset(gone), str(mark), self._clock() + wait)
 
-    def _listed(self, marks: dict[str, float], now: float) -> tuple[dict[str, Repo | None], dict[str, float]]:
-        """Read every listing down to its mark; gives what is there, and the new marks."""
+    def _floor(self, ends: Mapping[str, float]) -> float:
+        """Weights that did not change after this are not wanted."""
+        first_run = self.config.first_run
+        return first_run.timestamp if isinstance(first_run, Since) else ends.get(FIRST, 0.0)
+
+    def _last_changes(self, repos: Sequence[str]) -> Iterator[float]:
+        for name in repos:
+            with suppress(Withheld):
+                yield self.hub.repo(name).last_modified
+
+    def _listed(self, mark: _Mark) -> tuple[dict[str, Repo | None], dict[str, float]]:
+        """Read every listing down to its mark; gives what is there, and where each ends now.
+
+        An end is never in our future: one wrong date there would hide all that is published before it.
+        """
         listed: dict[str, Repo | None] = {}
-        ends = dict(marks)
+        ends = dict(mark.ends)
         for key, query in self._queries():
-            ends.setdefault(key, now if self.config.first_run == "ignore" else 0.0)
-            for repo in self._changed(query, marks.get(key)):
+            for repo in self._changed(query, mark.ends.get(key)):
                 listed.setdefault(repo.id, repo)
-                ends[key] = max(ends[key], repo.last_modified)
+                ends[key] = max(ends.get(key, 0.0), min(repo.last_modified, self._clock()))
+            ends.setdefault(key, 0.0)
         return listed, ends
 
     def _queries(self) -> Iterator[tuple[str, dict[str, str]]]:
@@ -141,38 +168,36 @@ class HubRepositories:
     def _changed(self, query: dict[str, str], end: float | None) -> Iterator[Repo]:
         """Walk one listing, latest change first, to where the last look ended."""
         oldest = 0.0 if end is None else end - OVERLAP_SECONDS
-        if end is None and isinstance(self.config.first_run, Since):
-            oldest = self.config.first_run.timestamp
         for page in self.hub.pages(**query):
             for repo in page:
                 if repo.last_modified < oldest:
                     return
                 yield repo
-                if end is None and self.config.first_run == "ignore":
-                    return  # what was there before is not wanted: the latest change is all there is to know
 
-    def _due_again(self, known: Mapping[str, Known], now: float) -> list[str]:
+    def _due_again(self, known: Mapping[str, Known]) -> list[str]:
         """List repositories that could not be had and may be had by now."""
         open_ones = [name for name, facts in known.items() if not facts.revision]
-        return [name for name in open_ones if self._recheck_at.get(name, 0.0) <= now and is_repo_id(name)]
+        return [name for name in open_ones if self._recheck_at.get(name, 0.0) <= self._clock()]
 
     def _see(
-        self, name: str, listing: Repo | None, known: Known | None, first_look_at: float
+        self, name: str, listing: Repo | None, known: Known | None, floor: float, *, is_wanted_now: bool
     ) -> Sighting | None:
         """Judge one repository, asked about only if its commit is new; None where there is nothing to say."""
-        commit = known.fingerprint.partition(" ")[0] if known and known.revision else ""
-        if listing and listing.sha and listing.sha == commit:
+        commit = known.fingerprint.partition(" ")[0] if known else ""
+        if listing and listing.sha and listing.sha == commit and not is_wanted_now:
             return None
         if listing and (rule := next(self._rules(listing), None)):
             return self._excluded(listing, *rule)
+        if listing and listing.last_modified <= floor:
+            return self._excluded(listing, "first_run", TOO_OLD)
         repo = self.hub.repo(name)
-        if repo.sha == commit:
+        if repo.sha == commit and known and known.revision:
             return None
         if rule := next(self._rules(repo, is_listed=listing is not None), None):
             return self._excluded(repo, *rule)
-        return self._describe(repo, known, first_look_at)
+        return self._describe(repo, known, floor)
 
-    def _describe(self, repo: Repo, known: Known | None, first_look_at: float) -> Sighting:
+    def _describe(self, repo: Repo, known: Known | None, floor: float) -> Sighting:
         """Say what a commit that is new holds."""
         needed = needed_files(repo)
         content = hashlib.sha256(repr([(f.path, f.identity) for f in needed]).encode()).hexdigest()
@@ -180,15 +205,20 @@ class HubRepositories:
         if known and known.revision and content == known.fingerprint.partition(" ")[2]:
             # Another commit with the same weights: the fine-tune keeps the revision it is known by.
             return Sighting(repo.id, known.revision, published, fingerprint=fingerprint, is_dated=True)
-        if first_look_at and repo.created_at <= first_look_at:
+        if repo.created_at <= floor and needed:
             published = self.hub.changed_at(repo.id, repo.sha, [f.path for f in needed]) or published
-            if published <= first_look_at:
-                return self._excluded(repo, "first_run", "it was there before the first look")
-        waiting = self._waiting_for(repo, needed)
+            if published <= floor:
+                return self._excluded(repo, "first_run", TOO_OLD)
+        waiting, is_withheld = self._waiting_for(repo, needed)
         if waiting:
             until = self._recheck_at[repo.id] = self._clock() + RECHECK_SECONDS
-            return Sighting(repo.id, "", published, waiting_for=waiting, until=until, is_dated=True)
+            return Sighting(
+                repo.id, "", published, waiting_for=waiting, is_withheld=is_withheld, until=until,
+                fingerprint=f"{repo.sha} ", is_dated=True,
+            )  # fmt: skip
         refused, why = self._refusal(repo, needed)
+        if refused:  # by what another commit may put right, be it the README alone
+            fingerprint = f"{repo.sha} "
         return Sighting(
             repo.id, repo.sha, published, refused=refused, waiting_for=why, fingerprint=fingerprint,
             is_dated=True, not_before=published + self.config.min_age if self.config.min_age else 0.0,
@@ -231,16 +261,16 @@ class HubRepositories:
             fingerprint=f"{repo.sha} ",
         )  # fmt: skip
 
-    def _waiting_for(self, repo: Repo, needed: Sequence[File]) -> str:
-        """Say why a repository cannot be had yet, "" if it can."""
+    def _waiting_for(self, repo: Repo, needed: Sequence[File]) -> tuple[str, bool]:
+        """Say why a repository cannot be had yet, "" if it can; and whether somebody keeps it back."""
         if repo.is_disabled:
-            return "the Hub has disabled it"
+            return "the Hub has disabled it", True
         if not any(f.path.endswith(".safetensors") for f in needed) and not _pickles(repo):
-            return "it holds no weights yet"
+            return "it holds no weights yet", False
         if repo.is_gated and needed and not self.hub.may_read(repo.id, repo.sha, needed[-1].path):
             token = "" if self.hub.has_token else "; no token is given (token_file, or HF_TOKEN)"
-            return f"it is gated: ask for access at {self.hub.endpoint}/{repo.id}{token}"
-        return ""
+            return f"it is gated: ask for access at {self.hub.endpoint}/{repo.id}{token}", True
+        return "", False
 
     def _refusal(self, repo: Repo, needed: Sequence[File]) -> tuple[str, str]:
         """Give the reason to refuse a repository without fetching it, and its facts."""
@@ -278,8 +308,14 @@ class HubRepositories:
     def fetch(self, name: str, revision: str, into: Path) -> None:
         """Bring the files a fold reads at that commit, each proven by its hash; goes on where it was cut."""
         repo = self.hub.repo(name, revision)
-        for file in needed_files(repo):
-            self.hub.download(name, revision, file, into / file.path)
+        try:
+            for file in needed_files(repo):
+                self.hub.download(name, revision, file, into / file.path)
+        except Refused:
+            if self.hub.repo(name, revision).files == repo.files:
+                raise
+            # It was the hash declared that came here damaged.
+            raise TryAgain(f"{name} is declared in two ways", hint=ROUTE) from None
 
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
         """A Hub tells by webhook, which comes in at the daemon's own port."""
@@ -310,10 +346,22 @@ def _pickles(repo: Repo) -> list[str]:
     return [file.path for file in repo.files if headers.PICKLES.match(file.path)]
 
 
-def _read_mark(mark: str) -> dict[str, float]:
-    """Read where each listing was ended; {} before the first look."""
-    try:
+@dataclass(frozen=True)
+class _Mark:
+    """Where the last look ended, written as JSON.
+
+    ends    by listing, the latest change read; FIRST: what was there at the first look, if it is not wanted
+    failed  repositories read in a listing and still to be asked about
+    """
+
+    ends: Mapping[str, float] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, mark: str) -> _Mark:
+        """Read what `str` wrote; nothing before the first look."""
         found = json.loads(mark or "{}")
-        return {str(key): float(value) for key, value in found.items()}
-    except (ValueError, AttributeError, TypeError):
-        return {}
+        return cls(found.get("ends", {}), tuple(found.get("failed", ())))
+
+    def __str__(self) -> str:
+        return json.dumps({"ends": self.ends, "failed": self.failed})

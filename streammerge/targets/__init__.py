@@ -1,7 +1,7 @@
 """Targets: who is told of a promotion. One file a kind; the file's name is the `type` in the configuration.
 
-A target makes one serving process take a version and says whether it serves it. It does not know why the
-version was promoted, and keeps nothing: what is still to be told lies in the ledger.
+A target makes one place take a version, a serving process or a repository, and says whether it serves it. It
+does not know why the version was promoted, and keeps nothing: what is still to be told lies in the ledger.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from streammerge.config import ExecTarget
+    from streammerge.config import Config, TargetSection
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Told:
 
 
 class Target(Protocol):
-    """One configured serving process."""
+    """One configured place that serves versions."""
 
     name: str
 
@@ -39,7 +39,7 @@ class Target(Protocol):
         """Return once the version is served; raise TryAgain otherwise."""
 
 
-def open_target(config: ExecTarget, beat: Callable[[], None] = lambda: None) -> Target:
+def open_target(part: TargetSection, config: Config, beat: Callable[[], None] = lambda: None) -> Target:
     """Make the target that a part of the configuration describes; `beat` is called while it works."""
-    module = importlib.import_module(f"{__name__}.{config.type}")
-    return cast("Target", module.open_target(config, beat))
+    module = importlib.import_module(f"{__name__}.{part.type}")
+    return cast("Target", module.open_target(part, config, beat))

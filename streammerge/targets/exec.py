@@ -14,7 +14,7 @@ from streammerge.errors import TryAgain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streammerge.config import ExecTarget
+    from streammerge.config import Config, ExecTarget
     from streammerge.targets import Told
 
 LATER = 75
@@ -53,6 +53,6 @@ class Exec:
             )
 
 
-def open_target(config: ExecTarget, beat: Callable[[], None]) -> Exec:
+def open_target(part: ExecTarget, config: Config, beat: Callable[[], None]) -> Exec:
     """Make the target."""
-    return Exec(config, beat)
+    return Exec(part, beat)
