@@ -327,10 +327,18 @@ class Daemon:
         return {name: row["state"] for name, row in self.rows().items()}
 
     def until_state(self, wanted: Mapping[str, str] | None = None, **more: str) -> dict[str, Facts]:
-        """Wait until the named fine-tunes are in the given states; gives all rows."""
+        """Wait until the named fine-tunes are in the given states, what is folded served; gives all rows."""
         states = {**(wanted or {}), **more}
+
+        def reached() -> bool:
+            rows = self.rows()
+            if not {name: row["state"] for name, row in rows.items()}.items() >= states.items():
+                return False
+            folded = [rows[name]["version"] for name, state in states.items() if state == "folded"]
+            return not folded or self.ask("status")["current"]["version"] >= max(folded)
+
         try:
-            until(lambda: self.states().items() >= states.items(), f"{states}")
+            until(reached, f"{states}")
         except AssertionError as exc:
             exc.add_note(f"but {self.states()}")
             raise
