@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 SECRET = re.compile(
-    r"(?i)(hf_[a-z0-9]{8,}|whsec_[a-z0-9+/=]{8,}|bearer\s+\S+|(?<=[?&])(?:token|signature|x-amz-[a-z-]+)=[^&\s]+)"
+    r"(?i)((?-i:hf_)[a-z0-9]{8,}|whsec_[a-z0-9+/=]{8,}|bearer\s+\S+|(?<=[?&])(?:token|signature|x-amz-[a-z-]+)=[^&\s]+)"
 )
 
 

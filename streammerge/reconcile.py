@@ -97,10 +97,8 @@ def record(
         "select * from fine_tunes where (source, name, revision) = (?, ?, '')", config.name, sighting.name
     )
     if not sighting.revision:
-        if waiting is None and any(
-            r["state"] == "waiting" for r in undecided(ledger, config.name, sighting.name)
-        ):
-            return  # the pipeline was refused it, and has said so
+        if waiting is None and sighting.is_withheld and is_missed(ledger, config.name, sighting.name):
+            return
         if waiting is None:
             note_waiting(merge, config, sighting, published, state="ignored" if is_unwanted else "waiting")
         else:
@@ -185,6 +183,12 @@ def supersede(merge: Merge, source: str, name: str, *, but: int = 0) -> None:
                 row["id"], state="superseded", detail="a newer revision was published first"
             )
             merge.metrics.decided.labels(source, "superseded").inc()
+
+
+def is_missed(ledger: Ledger, source: str, name: str) -> bool:
+    """Whether a revision that was announced could not be had: its own row says so."""
+    query = "select 1 from fine_tunes where (source, name) = (?, ?) and state in ('waiting', 'gone')"
+    return ledger.row(query, source, name) is not None
 
 
 def undecided(ledger: Ledger, source: str, name: str) -> list[Row]:

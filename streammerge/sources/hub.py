@@ -93,20 +93,21 @@ class HubRepositories:
             there = [repo.last_modified for repo in listed.values() if repo]
             ends[FIRST] = max([*there, *self._last_changes(self.config.repos)], default=0.0)
             mark = _Mark({FIRST: ends[FIRST]})
-        asked = {*self.config.repos, *mentioned, *mark.failed, *self._due_again(known)}
-        listed |= dict.fromkeys(sorted(asked - listed.keys()))
+        due = {*mentioned, *mark.failed, *self._due_again(known)}
+        listed |= dict.fromkeys(sorted({*self.config.repos, *due} - listed.keys()))
         listed = dict(sorted(listed.items(), key=lambda item: item[1].last_modified if item[1] else math.inf))
         seen: list[Sighting] = []
         gone, failed = set(), []
         in_a_row = 0
         for name, listing in listed.items():
             try:
-                sighting = self._see(
-                    name, listing, known.get(name), self._floor(ends), is_wanted_now=name in asked
-                )
+                sighting = self._see(name, listing, known.get(name), self._floor(ends), is_due=name in due)
             except Withheld as exc:
+                if name in known and known[name].revision:
+                    gone.add(name)
+                else:
+                    seen.append(self._withheld(name, listing, exc))
                 self._recheck_at[name] = self._clock() + RECHECK_SECONDS
-                gone.add(name)
                 log.info("hub.withheld", source=self.name, repo=name, reason=exc.reason)
             except Stopped:
                 raise
@@ -180,11 +181,11 @@ class HubRepositories:
         return [name for name in open_ones if self._recheck_at.get(name, 0.0) <= self._clock()]
 
     def _see(
-        self, name: str, listing: Repo | None, known: Known | None, floor: float, *, is_wanted_now: bool
+        self, name: str, listing: Repo | None, known: Known | None, floor: float, *, is_due: bool
     ) -> Sighting | None:
         """Judge one repository, asked about only if its commit is new; None where there is nothing to say."""
         commit = known.fingerprint.partition(" ")[0] if known else ""
-        if listing and listing.sha and listing.sha == commit and not is_wanted_now:
+        if listing and listing.sha and listing.sha == commit and not is_due:
             return None
         if listing and (rule := next(self._rules(listing), None)):
             return self._excluded(listing, *rule)
@@ -259,6 +260,15 @@ class HubRepositories:
         return Sighting(
             repo.id, repo.sha, repo.last_modified, excluded=rule, waiting_for=why, is_dated=True,
             fingerprint=f"{repo.sha} ",
+        )  # fmt: skip
+
+    def _withheld(self, name: str, listing: Repo | None, why: Withheld) -> Sighting:
+        """Say that a repository is not given out, and what can be done about it."""
+        now = self._clock()
+        return Sighting(
+            name, "", listing.last_modified if listing else now, waiting_for=f"{why.message}; {why.hint}",
+            is_withheld=True, until=now + RECHECK_SECONDS, is_dated=True,
+            fingerprint=f"{listing.sha} " if listing else "",
         )  # fmt: skip
 
     def _waiting_for(self, repo: Repo, needed: Sequence[File]) -> tuple[str, bool]:
