@@ -15,10 +15,7 @@ import os
 import random
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -43,7 +40,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from streammerge import __version__
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
-from streammerge.headers import is_file_name
+from streammerge.hubfacts import read_repo, read_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -51,8 +48,9 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
+    from streammerge.hubfacts import File, Repo
+
 MAX_JSON_BYTES = 64 << 20
-MAX_FILES = 10_000
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 4
 SAME_WRONG_CONTENT = 3  # so often in a row, and it is the place that has it wrong, not the way here
@@ -73,36 +71,6 @@ class Declined(TryAgain):
 
 
 NOT_AT_ONCE = (RateLimited, Withheld, Stopped, Declined)
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a repository at one commit; sha256 for LFS files, else the git object id."""
-
-    path: str
-    size: int
-    sha256: str = ""
-    oid: str = ""
-
-    @property
-    def identity(self) -> str:
-        """What changes with its content."""
-        return self.sha256 or self.oid
-
-
-@dataclass(frozen=True)
-class Repo:
-    """What a Hub says of a repository; `files` only where they were asked for; times since 1970."""
-
-    id: str
-    sha: str
-    last_modified: float
-    created_at: float = 0.0
-    tags: tuple[str, ...] = ()
-    is_gated: bool = False
-    is_private: bool = False
-    is_disabled: bool = False
-    files: tuple[File, ...] = ()
 
 
 class Hub:
@@ -148,7 +116,7 @@ class Hub:
             found, links = self._json("GET", url, params=params)
             if not isinstance(found, list):
                 raise _nonsense(url)
-            yield [repo for item in found if (repo := _repo(item))]
+            yield [repo for item in found if (repo := read_repo(item))]
             following = links.get("next", {}).get("url", "")
             if following and not following.startswith(self.endpoint + "/"):
                 raise _nonsense(url)
@@ -158,7 +126,7 @@ class Hub:
         """Ask for one repository at a branch, tag or commit, with its files; Withheld if it is gone."""
         url = f"{self.endpoint}/api/models/{quote(repo)}/revision/{quote(revision, safe='')}"
         found, _ = self._json("GET", url, params=[("blobs", "true")])
-        result = _repo(found)
+        result = read_repo(found)
         if result is None or not result.sha:
             raise _nonsense(url)
         return result
@@ -168,7 +136,7 @@ class Hub:
         url = f"{self.endpoint}/api/models/{quote(repo)}/paths-info/{quote(commit, safe='')}"
         found, _ = self._json("POST", url, body={"paths": paths, "expand": True})
         dates = [
-            _seconds(item["lastCommit"].get("date"))
+            read_seconds(item["lastCommit"].get("date"))
             for item in found if isinstance(item, dict) and isinstance(item.get("lastCommit"), dict)
         ] if isinstance(found, list) else []  # fmt: skip
         return max(dates, default=0.0)
@@ -474,40 +442,6 @@ def _nonsense(url: str) -> TryAgain:
     return TryAgain(f"{url}: the answer is not what a Hub says", hint=ROUTE)
 
 
-def _repo(found: object) -> Repo | None:
-    """Read a repository's facts; None for what has no usable name."""
-    if not isinstance(found, dict) or not is_repo_id(found.get("id")):
-        return None
-    siblings = found.get("siblings")
-    listed = siblings[:MAX_FILES] if isinstance(siblings, list) else []
-    tags = found.get("tags")
-    return Repo(
-        id=found["id"],
-        sha=str(found.get("sha") or ""),
-        last_modified=_seconds(found.get("lastModified")),
-        created_at=_seconds(found.get("createdAt")),
-        tags=tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
-        is_gated=bool(found.get("gated")),
-        is_private=bool(found.get("private")),
-        is_disabled=bool(found.get("disabled")),
-        files=tuple(file for item in listed if (file := _file(item))),
-    )
-
-
-def _file(found: object) -> File | None:
-    """Read a file's facts; None for a name that could lead elsewhere."""
-    if not isinstance(found, dict) or not isinstance(found.get("rfilename"), str):
-        return None
-    path, lfs = found["rfilename"], found.get("lfs")
-    if not is_inner_path(path):
-        return None
-    lfs = lfs if isinstance(lfs, dict) else {}
-    size = lfs.get("size", found.get("size"))
-    if not isinstance(size, int) or size < 0:
-        return None
-    return File(path, size, str(lfs.get("sha256") or lfs.get("oid") or ""), str(found.get("blobId") or ""))
-
-
 def end_silence() -> None:
     """Have the client, in the whole of this process, give up on a server that says nothing any more."""
     from huggingface_hub import set_client_factory
@@ -518,32 +452,3 @@ def end_silence() -> None:
 def blob_id(content: bytes) -> str:
     """Give the git object id of a file that lies in git itself."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def is_inner_path(path: str) -> bool:
-    """Whether a stranger's word may stand for a file below a folder, and nowhere else."""
-    parts = PurePosixPath(path).parts
-    strange = path.startswith("/") or "\\" in path or not parts or bool({"..", "."} & set(parts))
-    return not strange and all(map(is_file_name, parts))
-
-
-def is_repo_id(name: object) -> bool:
-    """Whether this is ORG/NAME (or a legacy NAME) as the Hub allows it."""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) <= 200
-        and name.count("/") <= 1
-        and all(part and part[0] not in "-." and _is_plain(part) for part in name.split("/"))
-    )
-
-
-def _is_plain(part: str) -> bool:
-    return part.isascii() and all(c.isalnum() or c in "-_." for c in part) and ".." not in part
-
-
-def _seconds(text: object) -> float:
-    """Read an ISO time; 0.0 for anything else."""
-    try:
-        return datetime.fromisoformat(str(text)).timestamp()
-    except ValueError:
-        return 0.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.config import Config
-    from streammerge.hub import Repo
+    from streammerge.hubfacts import Repo
 
 RECORD = ".origin.json"
 CODE_SUFFIXES = (".py", ".sh", ".so")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import pipeline, reconcile, recovery, reports, snapshots
+from streammerge import aside, pipeline, reconcile, recovery, reports, snapshots
 from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
@@ -102,7 +102,7 @@ def fetch_once(merge: Merge, source: Source) -> bool:
     except Stopped:
         raise
     except TryAgain as exc:
-        pipeline.put_back(merge, row, exc)
+        aside.put_back(merge, row, exc)
     return True
 
 
@@ -124,7 +124,7 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     except Stopped:
         raise
     except TryAgain as exc:
-        pipeline.put_back(merge, row, exc)
+        aside.put_back(merge, row, exc)
     return True
 
 

@@ -13,6 +13,7 @@ import pytest
 from hubs import LISTING, Strange
 
 from streammerge import hub as ours
+from streammerge import hubfacts
 from streammerge.devhub import DevHub
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
 from streammerge.hub import Hub
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.devhub.faults import Style
-    from streammerge.hub import File
+    from streammerge.hubfacts import File
 
 TOKEN = "hf_made_up_for_tests"
 WEIGHTS = os.urandom(3 << 20)
@@ -358,7 +359,7 @@ def test_names_that_lead_elsewhere_are_not_heard() -> None:
 @pytest.mark.parametrize("name", ["a/b", "a", "A-1/b_c.d"])
 def test_repository_names(name: str) -> None:
     """The Hub's own names pass."""
-    assert ours.is_repo_id(name)
+    assert hubfacts.is_repo_id(name)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_repository_names(name: str) -> None:
 )
 def test_other_names(name: object) -> None:
     """What is no repository's name is never put into an address."""
-    assert not ours.is_repo_id(name)
+    assert not hubfacts.is_repo_id(name)
 
 
 # ------------------------------------------------------------------------------------------------------ token

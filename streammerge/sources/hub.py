@@ -22,7 +22,8 @@ import structlog
 from streammerge import credentials, headers
 from streammerge.config import Since
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
-from streammerge.hub import ROUTE, Hub, Repo, is_repo_id
+from streammerge.hub import ROUTE, Hub
+from streammerge.hubfacts import Repo, is_repo_id
 from streammerge.sources import Look, Sighting
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.config import HubSource
-    from streammerge.hub import File
+    from streammerge.hubfacts import File
     from streammerge.sources import Known
 
 OVERLAP_SECONDS = 900.0  # a listing may show a change later than its time: so far back it is read again

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from streammerge.config import Config, HubTarget
-    from streammerge.hub import Repo
+    from streammerge.hubfacts import Repo
     from streammerge.targets import Told
 
 CARD = "README.md"
