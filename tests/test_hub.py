@@ -206,7 +206,7 @@ def test_a_429_is_obeyed(dev: DevHub, hub: Hub, style: Style) -> None:
     ("header", "least", "most"),
     [
         ("Retry-After: 7", 7, 7),
-        (f"Retry-After: {email.utils.formatdate(time.time() + 500, usegmt=True)}", 400, 501),
+        ("Retry-After: {in 500 s}", 490, 501),
         ('RateLimit: "api";r=0;t=55', 55, 55),
         ("Retry-After: 99999999999999999999", ours.LONGEST_WAIT_SECONDS, ours.LONGEST_WAIT_SECONDS),
         ("Retry-After: \xb2", 60, 60),
@@ -216,6 +216,8 @@ def test_a_429_is_obeyed(dev: DevHub, hub: Hub, style: Style) -> None:
 )
 def test_a_wait_is_read_however_it_is_written(header: str, least: float, most: float) -> None:
     """Seconds, a date, the IETF's header, nonsense, nothing: a wait that is neither negative nor endless."""
+    date = email.utils.formatdate(time.time() + 500, usegmt=True)
+    header = header.replace("{in 500 s}", date)
     answer = b"HTTP/1.1 429 Too Many Requests\r\n" + header.encode("latin-1") + b"\r\n\r\n"
     with Strange(answer) as server, pytest.raises(RateLimited) as caught:
         Hub(endpoint=server.url, timeout=1.0).repo("team/one")
