@@ -24,6 +24,8 @@ from streammerge.cli.console import (
 )
 from streammerge.errors import StreammergeError
 
+SHOWN = 16  # characters of a revision in a table; commands take as many as tell it from others
+
 
 @app.command()
 def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
@@ -113,7 +115,7 @@ def show(
     print_table(
         ("#", "fine-tune", "source", "revision", "digest"),
         [
-            (i, f["name"], f["source"], f["revision"], f["digest"][:12])
+            (i, f["name"], f["source"], f["revision"][:SHOWN], f["digest"][:12])
             for i, f in enumerate(found["fine_tunes"], 1)
         ],
     )
@@ -165,7 +167,15 @@ def fine_tunes(context: typer.Context, config: ConfigOption = None, *, as_json: 
         print_json(found)
         return
     rows = [
-        (f["name"], f["source"], f["revision"], f["state"], f["version"], f["reason"], f["detail"])
+        (
+            f["name"],
+            f["source"],
+            (f["revision"] or "")[:SHOWN],
+            f["state"],
+            f["version"],
+            f["reason"],
+            f["detail"],
+        )
         for f in found
     ]
     print_table(("name", "source", "revision", "state", "version", "reason", "detail"), rows)

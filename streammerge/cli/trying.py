@@ -102,13 +102,13 @@ def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) ->
         print_json({"file": str(place), **found})
         return
     out.print(f"{place}: good", soft_wrap=True)
-    out.print(
-        f"base has {found['weights']} weights, {size(found['base_bytes'])}; "
-        f"{found['projected']} are projected, {found['added']} added whole"
-    )
-    out.print(
-        f"a version takes {size(found['version_bytes'])}, the store up to {size(found['full_store_bytes'])}"
-    )
+    if found["weights"]:
+        version, whole = size(found["version_bytes"]), size(found["full_store_bytes"])
+        out.print(
+            f"base has {found['weights']} weights, {size(found['base_bytes'])}; "
+            f"{found['projected']} are projected, {found['added']} added whole"
+        )
+        out.print(f"a version takes {version}, the store up to {whole}")
     for warning in found["warnings"]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
