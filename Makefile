@@ -41,7 +41,7 @@ test: install  ## run the tests
 
 test-slow: install  ## run the tests that take longer, on real weights too
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,demo,slow]'
-	@$(BIN)/pytest -q -m slow
+	@$(BIN)/pytest -q -n auto -m slow
 
 test-gpu: install  ## run the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu

@@ -142,6 +142,7 @@ def test_a_fold_takes_what_its_largest_weight_takes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_twelfth_fold_takes_what_the_second_took(tmp_path: Path) -> None:
     """In one process that folds twelve times the peak does not grow after the second, within 5 %."""
     make_models(tmp_path, matrices=24, vocabulary=8192)
@@ -151,6 +152,7 @@ def test_the_twelfth_fold_takes_what_the_second_took(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_large_embedding_streams_through(tmp_path: Path) -> None:
     """An embedding of 200 MiB in a model with the same matrices does not raise the bound."""
     make_models(tmp_path, matrices=4, vocabulary=102_400)
