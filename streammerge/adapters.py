@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from streammerge.errors import Refused
-from streammerge.fit import common_prefix, refuse_strange, refuse_untied
+from streammerge.fit import common_prefix, refuse_strange, refuse_untied, wrong_base
 from streammerge.linalg import LowRank
 from streammerge.plan import ADDED, PROJECTED
 from streammerge.weights import Weights
@@ -93,13 +93,11 @@ class Change:
     @property
     def factors(self) -> tuple[str, str] | None:
         """The names of A and B; None where there are none."""
-        for infix in ("", "embedding "):
-            pair = [self.parts.get(f"{infix}{letter}") for letter in "AB"]
-            if pair[0] and pair[1]:
-                return pair[0], pair[1]
-            if any(pair):
-                raise _malformed(f"{self.module} has only one of the factors A and B")
-        return None
+        kinds = [[self.parts.get(f"{infix}{letter}") for letter in "AB"] for infix in ("", "embedding ")]
+        found = [pair for pair in kinds if any(pair)]
+        if len(found) == 2 or any(None in pair for pair in found):
+            raise _malformed(f"{self.module} does not have one A and one B")
+        return (str(found[0][0]), str(found[0][1])) if found else None
 
 
 class Adapter:
@@ -145,7 +143,10 @@ class Adapter:
                 strange.append(target)
         for embedding, head in heads:
             changes.setdefault(embedding, []).append(replace(head, is_head=True))
-        refuse_strange(self._base, strange, len(targets), tolerance)
+        if not changes:
+            what = f"it changes {next(iter(targets))} and the like"
+            raise wrong_base(f"{what}, none of which the base has; the base has {min(self._base)}")
+        refuse_strange(strange, tolerance)
         return changes
 
     def _may_be_head(self, change: Change) -> bool:

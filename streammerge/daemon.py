@@ -1,7 +1,8 @@
 """The process: builds the parts in order, fires the triggers, hears signals, talks to systemd, drains.
 
-Four threads of its own: one worker folds, one tells targets, one executes people's commands, one serves HTTP;
-apscheduler only decides when a source is looked at. Signal handlers only set flags. Knows nothing of folding.
+Threads of its own: one worker folds, one tells targets, one executes people's commands, one serves HTTP, and
+one for each remote source fetches; apscheduler only decides when a source is looked at. Signal handlers only
+set flags. Knows nothing of folding.
 """
 
 from __future__ import annotations

@@ -73,12 +73,8 @@ def fit(
     floating = [name for name, entry in base.items() if entry.is_floating and name not in plan.tied]
     matched = [name for name in floating if name in sources]
     if len(matched) < SHARE_OF_WRONG_BASE * len(floating):
-        raise Refused(
-            "wrong-base",
-            f"{len(matched)} of the base's {len(floating)} weights are in it; "
-            f"it has {min(found)}, the base {min(base)}",
-            hint="check base_model in its config or model card, or point another streammerge at that base",
-        )
+        what = f"{len(matched)} of the base's {len(floating)} weights are in it"
+        raise wrong_base(f"{what}; it has {min(found)}, the base {min(base)}")
     taken = set(sources.values())
     for name in [n for n in sources if base[n].is_floating and found[sources[n]].shape != base[n].shape]:
         if matches(name, tolerance.allow_missing):  # a person says that the base's own stays
@@ -86,7 +82,7 @@ def fit(
     refuse_shapes(base, found, sources)
     heads = tied_heads(base, found, sources, plan, rename)
     taken |= set(heads)
-    refuse_strange(base, [name for name in found if name not in taken], len(found), tolerance)
+    refuse_strange([name for name in found if name not in taken], tolerance)
     missing = [name for name in floating if name not in sources]
     if unexcused := [name for name in missing if not matches(name, tolerance.allow_missing)]:
         raise Refused(
@@ -97,21 +93,23 @@ def fit(
     return Fit(sources, frozenset(missing), heads)
 
 
-def refuse_strange(base: Mapping[str, Entry], strange: list[str], among: int, tolerance: Tolerance) -> None:
-    """Raise Refused for weights, out of `among`, that the base does not have and no one said to leave out."""
-    if not (left := [name for name in strange if not matches(name, tolerance.ignore_extra)]):
-        return
-    if len(left) > SHARE_OF_WRONG_BASE * among:
-        raise Refused(
-            "wrong-base",
-            f"{len(left)} of its {among} weights are not in the base; it has {left[0]}, the base {min(base)}",
-            hint="check base_model in its config or model card, or point another streammerge at that base",
-        )
-    raise Refused(
-        "unknown-weights",
-        f"{len(left)} weights are not in the base, first {left[0]}",
-        hint="if they may be left out, add a glob to tensors.ignore_extra",
+def wrong_base(what: str) -> Refused:
+    """Word the refusal of a fine-tune whose names are another model's."""
+    return Refused(
+        "wrong-base",
+        what,
+        hint="check base_model in its config or model card, or point another streammerge at that base",
     )
+
+
+def refuse_strange(strange: list[str], tolerance: Tolerance) -> None:
+    """Raise Refused for weights that the base does not have and that nobody said to leave out."""
+    if left := [name for name in strange if not matches(name, tolerance.ignore_extra)]:
+        raise Refused(
+            "unknown-weights",
+            f"{len(left)} weights are not in the base, first {left[0]}",
+            hint="if they may be left out, add a glob to tensors.ignore_extra",
+        )
 
 
 def refuse_untied(head: str, embedding: str) -> Refused:

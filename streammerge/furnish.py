@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge import files
-from streammerge.headers import PICKLES, WeightsSet, find, read_json
+from streammerge.headers import MARK, PICKLES, WeightsSet, find, read_json
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     import torch
 
-MARK = "streammerge.json"
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
 

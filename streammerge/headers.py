@@ -47,7 +47,8 @@ ADAPTER_SETTINGS = (
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config", "velora_config", "loftq_config",
 )  # fmt: skip
-READ_NAMES = frozenset({"config.json", ADAPTER_CONFIG, "streammerge.json"})
+MARK = "streammerge.json"  # says that a model is one of our merges
+READ_NAMES = frozenset({"config.json", ADAPTER_CONFIG, MARK})
 SIDECARS = frozenset({"gram.safetensors", "fisher.safetensors"})
 PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|ot|onnx|gguf)(\.index\.json)?$")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from streammerge.engine import RETRAIN
 from streammerge.errors import Refused
 from streammerge.finetune import FineTune, open_fine_tune
-from streammerge.furnish import MARK
+from streammerge.headers import MARK
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping

@@ -252,6 +252,10 @@ def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str
         (lambda t: {k.replace("model.layers", "blocks"): v for k, v in t.items()}, "wrong-base"),
         (lambda t: {k: v[:-1] if "lora_B" in k else v for k, v in t.items()}, "wrong-shape"),
         (lambda t: {k: v for k, v in t.items() if "lora_A" not in k}, "malformed"),
+        (
+            lambda t: {**t, **{k.replace("lora_A.weight", "lora_embedding_A"): v for k, v in t.items()}},
+            "malformed",
+        ),
         (lambda t: {k: v[:, :2] if "lora_B" in k else v for k, v in t.items()}, "malformed"),
         (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, "quantised"),
         (lambda t: {k.replace("lora_A", "hada_w1_a"): v for k, v in t.items()}, "unknown-weights"),

@@ -12,8 +12,8 @@ import torch
 from benches import bench
 from models import TALL
 
-from streammerge.furnish import MARK, furnish
-from streammerge.headers import find
+from streammerge.furnish import furnish
+from streammerge.headers import MARK, find
 
 if TYPE_CHECKING:
     from pathlib import Path

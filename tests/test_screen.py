@@ -15,8 +15,7 @@ from streammerge import plan, screen
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused
 from streammerge.fit import Tolerance, fit
-from streammerge.furnish import MARK
-from streammerge.headers import Entry, Incomplete, find
+from streammerge.headers import MARK, Entry, Incomplete, find
 from streammerge.methods import Totals
 from streammerge.plan import DEFAULT_ADDED, Recipe
 from streammerge.state import State

@@ -41,7 +41,6 @@ FAILURES_IN_A_ROW = 3  # so many, and it is the Hub that fails, not the reposito
 PREVIEWED = 50
 TOO_OLD = "its weights are older than first_run wants them"
 FIRST = "first"  # among the ends of listings, which have a colon in their names
-OWN_MARK = "streammerge.json"
 OWN_TAG = "streammerge"
 NOT_FINE_TUNES = ("merge", "quantized")
 
@@ -285,8 +284,8 @@ class HubRepositories:
 
     def _refusal(self, repo: Repo, needed: Sequence[File]) -> tuple[str, str]:
         """Give the reason to refuse a repository without fetching it, and its facts."""
-        if any(file.path == OWN_MARK for file in needed):
-            return "own-merge", f"it holds {OWN_MARK}: it is a merge made by streammerge"
+        if any(file.path == headers.MARK for file in needed):
+            return "own-merge", f"it holds {headers.MARK}: it is a merge made by streammerge"
         if not any(file.path.endswith(".safetensors") for file in needed):
             return "pickle-only", f"it has no safetensors, only {', '.join(_pickles(repo)[:4])}"
         named = {tag.rpartition(":")[2] for tag in repo.tags if tag.startswith("base_model:")}
@@ -301,16 +300,16 @@ class HubRepositories:
             for page in self.hub.pages(**query):
                 found |= {repo.id: repo for repo in page[:PREVIEWED]}
                 break
+        missing = []
         for name in self.config.repos:
             try:
                 found.setdefault(name, self.hub.repo(name))
             except Withheld as exc:
-                found[name] = Repo(name, "", 0.0, tags=(), is_disabled=True)
-                log.warning("hub.withheld", repo=name, reason=exc.reason, hint=exc.hint)
+                missing.append(self._withheld(name, None, exc))
         latest = sorted(found.values(), key=lambda repo: -repo.last_modified)[:PREVIEWED]
-        return [
+        return missing + [
             self._excluded(repo, *rule) if (rule := next(self._rules(repo), None))
-            else Sighting(repo.id, repo.sha, repo.last_modified, waiting_for="" if repo.sha else "not there")
+            else Sighting(repo.id, repo.sha, repo.last_modified)
             for repo in latest
         ]  # fmt: skip
 

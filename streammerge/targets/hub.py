@@ -21,6 +21,7 @@ from streammerge import credentials, files, programs
 from streammerge.card import card
 from streammerge.config import HubSource
 from streammerge.errors import ConfigError, TryAgain, Withheld
+from streammerge.headers import MARK
 from streammerge.hub import NO_ACCESS, NO_WRITE, Hub, blob_id, end_silence
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from streammerge.targets import Told
 
 CARD = "README.md"
-OWN_MARK = "streammerge.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -219,9 +219,9 @@ def _refuse_another(repo: Repo, job: Job) -> None:
     """Never write over a model that somebody else made."""
     there = {file.path for file in repo.files}
     weights = sorted(path for path in there if path.endswith(WEIGHTS))
-    if weights and OWN_MARK not in there:
+    if weights and MARK not in there:
         raise TryAgain(
-            f"{job.repo} holds {weights[0]} and no {OWN_MARK}: another model than a merge of streammerge",
+            f"{job.repo} holds {weights[0]} and no {MARK}: another model than a merge of streammerge",
             hint="give the target a repository of its own; nothing was changed in this one",
         )
 
