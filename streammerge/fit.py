@@ -87,7 +87,7 @@ def fit(
     if unexcused := [name for name in missing if not matches(name, tolerance.allow_missing)]:
         raise Refused(
             "missing-weights",
-            f"{len(unexcused)} of the base's weights are not in it, first {unexcused[0]}",
+            f"it does not have {listed(unexcused)} of the base",
             hint="publish the whole model, or add a glob to tensors.allow_missing to take them as unchanged",
         )
     return Fit(sources, frozenset(missing), heads)
@@ -102,12 +102,17 @@ def wrong_base(what: str) -> Refused:
     )
 
 
+def listed(names: list[str]) -> str:
+    """Name the first, and say how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
 def refuse_strange(strange: list[str], tolerance: Tolerance) -> None:
     """Raise Refused for weights that the base does not have and that nobody said to leave out."""
     if left := [name for name in strange if not matches(name, tolerance.ignore_extra)]:
         raise Refused(
             "unknown-weights",
-            f"{len(left)} weights are not in the base, first {left[0]}",
+            f"the base does not have {listed(left)}",
             hint="if they may be left out, add a glob to tensors.ignore_extra",
         )
 
