@@ -253,7 +253,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str
         (lambda t: {k: v[:-1] if "lora_B" in k else v for k, v in t.items()}, "wrong-shape"),
         (lambda t: {k: v for k, v in t.items() if "lora_A" not in k}, "malformed"),
         (
-            lambda t: {**t, **{k.replace("lora_A.weight", "lora_embedding_A"): v for k, v in t.items()}},
+            lambda t: {**t, **{k.replace("lora_A.weight", "lora_embedding_A"): v + 0 for k, v in t.items()}},
             "malformed",
         ),
         (lambda t: {k: v[:, :2] if "lora_B" in k else v for k, v in t.items()}, "malformed"),
