@@ -10,7 +10,7 @@ ifneq ($(wildcard config/prometheus),)
 CHECKS += check-alerts
 endif
 
-.PHONY: all help install run test test-slow test-gpu fmt check bench check-alerts $(CHECKS)
+.PHONY: all help install run test test-slow test-gpu fmt check bench bench-quality check-alerts $(CHECKS)
 
 # A check says one line when it passes, and all that its tool said when it fails.
 verdict = if output=$$({ $(2); } 2>&1); then echo "ok: $(1)"; else printf '%s\n' "$$output" "FAILED: $(1)"; exit 1; fi
@@ -23,7 +23,7 @@ PROMTOOL = cd config/prometheus && promtool check rules alerts.yaml && promtool 
 all: check test  ## check and test, the default
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv, or renew it when what it needs has changed
 
@@ -54,6 +54,10 @@ check: $(CHECKS)  ## style, types, layers, spelling, Dockerfile, systemd units, 
 
 bench: install  ## answer each question in benchmarks/, one script after another
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+TIER ?= tiny
+bench-quality: install  ## which method merges best? TIER=tiny, glyph or text
+	@$(BIN)/python benchmarks/quality $(TIER)
 
 check-style: install
 	@$(call verdict,ruff check,$(BIN)/ruff check --output-format concise .)

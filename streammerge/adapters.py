@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,7 +24,7 @@ from streammerge.plan import ADDED, PROJECTED
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
 
     from torch import Tensor
@@ -118,13 +119,17 @@ class Adapter:
             raise
         self._loaded: tuple[str, list[LowRank | None]] = ("", [])
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.weights.__exit__(kind, error, trace)
+
+    @contextmanager
+    def rereading(self) -> Iterator[None]:
+        """See finetune.Deltas.rereading."""
+        with self.weights.unhashed():
+            yield
+        self._loaded = ("", [])
 
     def _fit(self, tolerance: Tolerance) -> dict[str, list[Change]]:
         """Find the base's weight that each tensor changes; what changes a tied head stands last."""
@@ -227,7 +232,7 @@ class Adapter:
         return self.settings.fan_in_fan_out
 
     def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """See finetune.FineTune.delta: factors for a projected weight where that is exact."""
+        """See finetune.Deltas.delta: factors for a projected weight where that is exact."""
         changes = self.changes.get(name, [])
         if not changes and original.dim() == 2:
             return LowRank(original.new_empty(original.shape[0], 0), original.new_empty(0, original.shape[1]))
@@ -294,7 +299,7 @@ class Adapter:
         return dense.mul_(gain.float()).addcmul_(original, (gain - 1).float())
 
     def finish(self) -> str:
-        """See finetune.FineTune.finish; a tied head that was saved twice must repeat its embedding."""
+        """See finetune.Deltas.finish; a tied head that was saved twice must repeat its embedding."""
         self.weights.read_rest()
         for embedding, changes in self.changes.items():
             for head in [

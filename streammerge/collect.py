@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streammerge import files, promote, snapshots
+from streammerge.headers import ADAPTER_WEIGHTS
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from streammerge.ledger import Row
     from streammerge.merging import Merge
 
 
@@ -42,12 +44,21 @@ def tidy(merge: Merge) -> list[str]:
 
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
-    keep = {str(row["id"]) for row in merge.ledger.fine_tunes("pending", "awaiting_approval")}
-    if merge.config.archive == "keep":
-        keep |= {str(row["id"]) for row in merge.ledger.fine_tunes("folded")}
+    rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
+    keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
     for folder in merge.store.inbox.iterdir():
         if folder.name not in keep and not folder.name.endswith(".part"):
             files.remove_tree(folder)
+
+
+def is_archived(merge: Merge, row: Row) -> bool:
+    """Whether the fetched files of a row stay in the inbox."""
+    if row["state"] in ("pending", "awaiting_approval"):
+        return True
+    is_kept = merge.config.archive == "keep" or (
+        merge.config.archive == "adapters" and (merge.store.inbox / str(row["id"]) / ADAPTER_WEIGHTS).exists()
+    )
+    return is_kept and row["state"] == "folded"
 
 
 def collectable(merge: Merge) -> list[Path]:
@@ -62,5 +73,6 @@ def collectable(merge: Merge) -> list[Path]:
     )  # fmt: skip
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
     stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
-    stay += [path for path in (snapshots.current(merge.store), merge.folding_from) if path]
+    serving = snapshots.current(merge.store)
+    stay += [*merge.folding_from, *([serving] if serving else [])]
     return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)

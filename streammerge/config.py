@@ -205,10 +205,54 @@ class Http(Section):
         return host.strip("[]"), int(port)
 
 
+class Cap(Section):
+    """Bounds the spectrum of every projected weight's merged delta by the fine-tunes' own."""
+
+    level: Literal["interference", "fixed"] = Field(
+        default="interference", description="how the bound is found"
+    )
+    strength: float = Field(
+        default=1.0, gt=0, le=100, description="multiplies the bound at level interference"
+    )
+    kappa: float = Field(
+        default=0.6, gt=0, le=100, description="the bound in units of a fine-tune's own, at level fixed"
+    )
+    beta: float = Field(
+        default=2.0,
+        ge=1,
+        le=100,
+        description="how much a singular value below the bound is raised, to it at most",
+    )
+
+
+class Lines(Section):
+    """Gives deeper blocks more of the merged delta: alpha + beta * block / (blocks - 1), LiNeS."""
+
+    alpha: float | Literal["auto"] = Field(
+        default="auto",
+        description="share of the first block and of what is in none; auto: from the deltas' norms",
+    )
+    beta: float = Field(default=0.0, ge=-10, le=10, description="how much more the last block gets")
+    block: str = Field(
+        default=r"(?:^|\.)(\d+)\.",
+        description="pattern whose first group is the block's number in a weight's name",
+    )
+
+
 class FinalizeSection(Section):
     """Applied when weights are written; may change at any time."""
 
     scale: float = Field(default=1.0, gt=0, le=100, description="multiplies the merged delta")
+    cap: Cap | None = Field(default=None, description="takes the place of the method's own length")
+    lines: Lines | None = Field(default=None, description="multiplies the merged delta block by block")
+
+
+class Route(Section):
+    """What becomes of the deltas of some weights, of all sources or of one."""
+
+    weights: str = Field(description="the weights, as a glob")
+    share: float = Field(ge=0, le=100, description="what their deltas are multiplied by; 0 leaves them out")
+    source: str | None = Field(default=None, description="whose deltas; null is all sources'")
 
 
 class Config(Section):
@@ -218,13 +262,18 @@ class Config(Section):
         description="a model folder, one .safetensors file, or hf://ORG/NAME@REVISION",
     )
     store: Path = Field(description="the folder for snapshots, state and the ledger")
-    method: Literal["opcm", "average", "task_arithmetic", "spectral_cap"] = Field(
-        default="opcm", description="how deltas combine"
-    )
+    method: Literal[
+        "spectral_cap", "opcm", "tsvm", "iso_c", "wudi", "regmean", "fisher", "ties", "dare", "breadcrumbs",
+        "consensus_ta", "magmax", "average", "task_arithmetic", "pcb", "iso_cts",
+    ] = Field(default="spectral_cap", description="how deltas combine")  # fmt: skip
     knobs: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     finalize: FinalizeSection = Field(default=FinalizeSection())
     added: tuple[str, ...] | None = Field(
         default=None, description="weights that are added whole, as globs; replaces the default list"
+    )
+    routes: tuple[Route, ...] = Field(
+        default=(),
+        description="weights whose deltas are left out or count more or less; the first match holds",
     )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:1"
@@ -255,7 +304,10 @@ class Config(Section):
     keep_refused: int = Field(default=1, ge=0, description="how many refused candidates stay for inspection")
     grace: Duration = Field(default=86400.0, description="what was current within this time stays on disk")
     reserve: Size = Field(default=2**30, description="disk space that is always left free")
-    archive: Literal["drop", "keep"] = Field(
+    replay_limit: int = Field(
+        default=50, ge=0, description="how many fine-tunes may be folded again to take one out"
+    )
+    archive: Literal["drop", "adapters", "keep"] = Field(
         default="drop", description="whether fetched files stay after the fold"
     )
     allow_network_store: bool = Field(default=False, description="accept a store on a network file system")
@@ -300,4 +352,16 @@ CommandGate.model_rebuild()
 Config.model_rebuild()
 
 # Keys that belong to the store; a running daemon cannot change them, nor what it has opened for its lifetime.
-FIXED = ("base", "store", "method", "knobs", "added", "device", "residency", "threads", "http", "log_level")
+FIXED = (
+    "base",
+    "store",
+    "method",
+    "knobs",
+    "added",
+    "routes",
+    "device",
+    "residency",
+    "threads",
+    "http",
+    "log_level",
+)

@@ -34,6 +34,7 @@ from streammerge import (
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
+from streammerge.merging import check_method
 from streammerge.metrics import Metrics
 from streammerge.once import raise_if_set
 from streammerge.server import HubHook, Server, Views, make_app
@@ -119,7 +120,7 @@ class Daemon:
             return
         threads = []
         try:
-            operations.work_off(self.merge)
+            operations.work_off(self.merge, operations.VERBS)
             self._take(self.config)
             threads = [
                 self._thread("worker", self._work),
@@ -177,8 +178,7 @@ class Daemon:
         next_ping = 0.0
         while not self.stopping.wait(TICK_SECONDS):
             if self._asked_to_stop:
-                log.info("daemon.stopping")
-                return
+                break
             if self._asked_to_reload:
                 self._asked_to_reload = False
                 self._reload()
@@ -186,6 +186,8 @@ class Daemon:
             if time.monotonic() >= next_ping and self._is_alive():
                 notify(f"WATCHDOG=1\nSTATUS={self._status_line()}")
                 next_ping = time.monotonic() + (period / 3 if period else 10.0)
+        if self._asked_to_stop:  # the worker may have noticed first
+            log.info("daemon.stopping")
 
     def _drain(self, threads: list[threading.Thread]) -> None:
         """Stop at the next weight boundary; what was half done leaves no trace."""
@@ -234,7 +236,7 @@ class Daemon:
         sources = {
             part.name: self.sources[part.name]
             if before.get(part.name) == part
-            else open_source(part, config.base_models, stopping)
+            else open_source(part, config, stopping)
             for part in config.sources
         }
         for name in [name for name in self._watchers if self.sources[name] is not sources.get(name)]:
@@ -278,6 +280,7 @@ class Daemon:
         fresh, _ = configfile.load(self.config_path)
         if fixed := configfile.changed_fixed(self.config, fresh):
             raise ConfigError(f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it")
+        check_method(fresh)
         return fresh
 
     # Sources
@@ -372,13 +375,15 @@ class Daemon:
         self._for_ever(turn)
 
     def _obey(self) -> None:
-        """Execute people's commands; never behind a fold."""
+        """Execute people's commands, never behind a fold; those that fold are the worker's."""
         merge = self._merge()
 
         def turn() -> None:
-            if operations.work_off(merge):
+            if operations.work_off(merge, operations.VERBS):
                 self.work_there.set()
                 self.news_there.set()
+            if operations.asked_for(merge, operations.HEAVY):
+                self.work_there.set()
             self.stopping.wait(TICK_SECONDS)
 
         self._for_ever(turn)

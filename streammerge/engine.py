@@ -12,36 +12,43 @@ import ctypes
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from streammerge import finalize, linalg, methods, plan
+from streammerge import linalg, methods, plan
+from streammerge.arriving import Arriving
 from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
 from streammerge.furnish import read_config
-from streammerge.headers import CODES, DTYPES, Incomplete, WeightsSet, find
-from streammerge.methods import Arrival, Slots, Totals
+from streammerge.headers import CODES, DTYPES, Incomplete, find
+from streammerge.methods import Totals
 from streammerge.plan import Recipe
+from streammerge.rendering import Rendering
 from streammerge.state import (
     ROLL_BACK,
     STATISTICS,
     Resident,
     State,
     StateShard,
+    appended,
     combine,
+    delta_norms,
     read_statistics,
     statistics_of,
+    without,
     write_statistics,
 )
 from streammerge.weights import Weights, Writer, element_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from streammerge.finetune import FineTune
+    from streammerge import finalize
+    from streammerge.arriving import Incoming
+    from streammerge.methods import Arrival, Slots
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Measured:
     delta_norm, base_norm, state_norm  Frobenius norms over floating-point weights, tied ones once
     kept_energy     share of ||delta||^2 of projected weights that entered the state
     orthogonality   largest |<P, D>| / (||P|| ||D||) over projected weights; P what was added to the sum D
+    tally           sum of the method's `tally`
     statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value);
                     NaN for added matrices
     """
@@ -60,6 +68,7 @@ class Measured:
     state_squares: float = 0.0
     projected_squares: float = 0.0
     step_squares: float = 0.0
+    tally: float = 0.0
     orthogonality: float = 0.0
     statistics: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
@@ -142,39 +151,79 @@ class Engine:
                 f"base {path} cannot be read: {exc}", hint="`base` is a model folder or one .safetensors file"
             ) from exc
 
-    def fold(
-        self, recipe: Recipe, finetune: FineTune, digest: str, factor: float, old: State, out: Path
-    ) -> tuple[State, Measured]:
+    def fold(self, recipe: Recipe, incoming: Incoming, old: State, out: Path) -> tuple[State, Measured]:
         """Fold one fine-tune into `old` and write the next state to the empty folder `out`.
 
         Raises Refused for values that are not finite, Damaged where base or state differ from what they were.
         """
+        state, measured = self._pass_through(recipe, incoming, old, out, old.totals.count + 1)
+        totals = old.totals.after(measured.delta_norm, measured.state_norm, incoming.factor, measured.tally)
+        statistics = appended(read_statistics(old, recipe.plan), measured.statistics)
+        return self._finished(recipe, state, statistics, totals), measured
+
+    def unfold(
+        self, recipe: Recipe, incoming: Incoming, index: int, old: State, out: Path
+    ) -> tuple[State, Measured]:
+        """Take out the fine-tune that was folded as number `index`, from 0; the method must be able to.
+
+        The totals are those that the others have. Raises as `fold` does.
+        """
+        statistics = without(read_statistics(old, recipe.plan), index)
+        if old.totals.count == 1:
+            return State(out, {}, Totals()), Measured()
+        state, measured = self._pass_through(recipe, incoming, old, out, old.totals.count - 1)
+        norms = delta_norms(statistics)
+        totals = Totals(
+            count=len(norms),
+            factors=old.totals.factors - incoming.factor,
+            mean_delta_norm=math.fsum(norms) / len(norms),
+            max_delta_norm=max(norms),
+            state_norm=measured.state_norm,
+            tally=measured.tally,
+        )
+        return self._finished(recipe, state, statistics, totals), measured
+
+    def _finished(
+        self, recipe: Recipe, state: State, statistics: Mapping[str, Tensor], totals: Totals
+    ) -> State:
+        """Write the statistics of all that is folded now."""
+        digest = write_statistics(state.folder, statistics, recipe.plan)
+        return State(state.folder, {**state.hashes, STATISTICS: digest}, totals)
+
+    def _pass_through(
+        self, recipe: Recipe, incoming: Incoming, old: State, out: Path, count: int
+    ) -> tuple[State, Measured]:
+        """Run every weight through the method, into a state of `count` fine-tunes: one more, or one less."""
         self._settle_threads()
         measured = Measured()
         resident = self._resident if self._resident.holds(old) else None
         hashes: dict[str, str] = {}
-        with self._open_base(recipe, hashing=True) as base:
-            keep = self._keeps_state(recipe, base)
+        before = old.totals.count
+        arriving = Arriving(
+            recipe, incoming, min(count, before), self.device, self.beat, is_leaving=count < before
+        )
+        with self._open_base(recipe, hashing=True) as base, self._open_base(recipe) as again:
+            arriving.survey(again)
+            keep = self._keeps_state(recipe, base, count)
             self._resident.disown(forget=not keep and resident is None)
             for number, names in enumerate(plan.shards(base)):
                 merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
-                with StateShard(
-                    methods.load(recipe.method).SLOTS, old, out, number, merged, base, resident
-                ) as shard:
+                layouts = [
+                    {name: recipe.layout(base.entries[name], folds) for name in merged}
+                    for folds in (before, count)
+                ]
+                with StateShard(old, out, number, layouts, resident) as shard:
                     for name in names:
                         if name in merged:
-                            arrival = (finetune, digest, factor)
-                            self._fold_weight(recipe, base, arrival, name, shard, measured, keep=keep)
+                            self._fold_weight(arriving, (base, again), name, shard, measured, keep=keep)
                         else:
                             for start, stop in element_panels(base.entries[name].elements):
                                 self._pass(base.read(name, start, stop))
                 hashes |= shard.hashes
             self._prove_base(recipe, base)
-        totals = old.totals.after(measured.delta_norm, measured.state_norm, factor)
-        hashes[STATISTICS] = write_statistics(old, out, measured.statistics, recipe.plan)
         if keep:
             self._resident.own(out)
-        return State(out, hashes, totals), measured
+        return State(out, hashes, old.totals), measured
 
     def keep(self, digest: str) -> None:
         """The state just folded was sealed under `digest`: what lies on the device belongs to it."""
@@ -201,24 +250,18 @@ class Engine:
             raise Damaged(f"base {recipe.base} is not the one this store was made with", hint=RESTORE_BASE)
         self._proven_base = base.stamp
 
-    def _keeps_state(self, recipe: Recipe, base: Weights) -> bool:
+    def _keeps_state(self, recipe: Recipe, base: Weights, count: int) -> bool:
         """Decide whether the state stays in memory until the next fold."""
         if self.residency != "auto":
             return self.residency in ("device", "host")
-        needed = (
-            4
-            * sum(base.entries[n].elements for n in recipe.plan.merged)
-            * len(methods.load(recipe.method).SLOTS)
-        )
-        return (
-            self.device.type == "cuda" and needed < SHARE_OF_DEVICE * torch.cuda.mem_get_info(self.device)[0]
+        return self.device.type == "cuda" and recipe.state_bytes(base.entries, count) < (
+            SHARE_OF_DEVICE * torch.cuda.mem_get_info(self.device)[0]
         )
 
     def _fold_weight(
         self,
-        recipe: Recipe,
-        base: Weights,
-        arrival: tuple[FineTune, str, float],
+        arriving: Arriving,
+        bases: tuple[Weights, Weights],
         name: str,
         shard: StateShard,
         measured: Measured,
@@ -226,15 +269,15 @@ class Engine:
         keep: bool,
     ) -> None:
         """Fold one weight, whole where it is projected, else panel by panel."""
-        finetune, digest, factor = arrival
-        method, entry, kind = methods.load(recipe.method), base.entries[name], recipe.plan.kinds[name]
-        whole = kind == plan.PROJECTED
+        recipe, (base, again) = arriving.recipe, bases
+        entry, kind = base.entries[name], recipe.plan.kinds[name]
+        cuts = arriving.cuts_of(again, name)
         figures = []
-        for start, stop in [(0, entry.elements)] if whole else element_panels(entry.elements):
-            shape = entry.shape if whole else (stop - start,)
+        for start, stop in plan.parts(entry, kind):
+            shape = entry.shape if kind == plan.PROJECTED else (stop - start,)
             original = self._pass(base.read(name, start, stop)).to(self.device, torch.float32).reshape(shape)
             measured.base_squares += linalg.dot(original, original)
-            delta = finetune.delta(name, start, stop, original)
+            delta = arriving.delta(name, start, stop, original)
             del original
             self.progress((stop - start) * DTYPES[entry.dtype].itemsize)
             squares = linalg.squares(delta)
@@ -245,25 +288,32 @@ class Engine:
                     hint="the training run diverged; publish a good checkpoint",
                 )
             figures.append(statistics_of(delta, kind, entry.shape, squares))
-            slots = {
-                slot: shard.read(slot, name, start, stop).to(self.device).reshape(shape)
-                for slot in method.SLOTS
-            }
-            arrived = Arrival(name, cast("methods.Kind", kind), delta, digest, factor)
-            new = self._step(recipe, slots, shard.source, arrived, squares, measured)
-            del delta, arrived
-            for slot, values in new.items():
-                shard.write(slot, name, values)
-                if keep:
-                    self._resident.put(slot, name, start, entry.elements, values, self._memory)
+            whole = kind == plan.PROJECTED
+            found = shard.read(name, start, stop, whole=whole)
+            slots = {slot: values.to(self.device) for slot, values in found.items()}
+            arrival = arriving.arrival(base, name, start, stop, delta, cuts)
+            new = self._step(arriving, slots, shard.source, arrival, squares, measured)
+            del delta, arrival
+            shard.write(name, new)
+            if keep:
+                for slot, values in new.items():
+                    elements = shard.elements(slot, name)
+                    self._resident.put(slot, name, start, elements, values, self._memory)
         measured.statistics[name] = combine(figures)
 
     def _step(
-        self, recipe: Recipe, slots: Slots, source: str, arrival: Arrival, squares: float, measured: Measured
+        self,
+        arriving: Arriving,
+        slots: Slots,
+        source: str,
+        arrival: Arrival,
+        squares: float,
+        measured: Measured,
     ) -> Slots:
         """Run the method on one weight or panel and take the health figures; `source` is where slots lay."""
+        recipe = arriving.recipe
         method = methods.load(recipe.method)
-        first = next(iter(method.SLOTS))
+        first = next(iter(slots))
         old = slots[first]
         old_squares = linalg.dot(old, old)
         if not math.isfinite(old_squares):
@@ -271,21 +321,21 @@ class Engine:
         prepare = getattr(method, "prepare", None)
         if prepare and arrival.kind == plan.PROJECTED and squares and bool(old.any()):
             slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
-        new = method.fold(slots, arrival, **methods.accepted(method.fold, recipe.knobs))
+        step = cast("Any", method).unfold if arriving.is_leaving else method.fold
+        new: Slots = step(slots, arrival, **methods.accepted(step, recipe.knobs))
         self.beat()
         new_squares = linalg.dot(new[first], new[first])
         if not math.isfinite(new_squares):
             raise Refused("implausible", f"the sum of {arrival.name} leaves float32's range", hint=RETRAIN)
         measured.delta_squares += squares
         measured.state_squares += new_squares
-        if arrival.kind == plan.PROJECTED:
-            step = new[first] - old
-            step_squares = linalg.dot(step, step)
+        if (tally := getattr(method, "tally", None)) is not None:
+            measured.tally += tally(new)
+        if arrival.kind == plan.PROJECTED and first == "sum":
+            step_squares, share = progress_of(old, new[first], old_squares)
             measured.projected_squares += squares
             measured.step_squares += step_squares
-            if step_squares > 0 and old_squares > 0:
-                share = abs(linalg.dot(step, old)) / math.sqrt(step_squares * old_squares)
-                measured.orthogonality = max(measured.orthogonality, share)
+            measured.orthogonality = max(measured.orthogonality, share)
         return new
 
     def render(
@@ -295,29 +345,31 @@ class Engine:
         finish: finalize.Finalize,
         out: Path,
         dtype: torch.dtype | None = None,
+        folded: Sequence[Incoming] = (),
     ) -> tuple[dict[str, str], float]:
         """Write base + finalize(render(state)) to the empty folder `out` under the base's file names.
 
-        Returns the sha256 of every file by name and the norm of the merged delta. Raises Refused where a
-        weight does not fit into the base's dtype, Damaged where the base changed since it was folded.
+        `folded` are all fine-tunes in their order, open, for methods that read them again. Returns the sha256
+        of every file by name and the norm of the merged delta. Raises Refused where a weight does not fit
+        into the base's dtype, Damaged where the base changed since it was folded.
         """
         self._settle_threads()
         hashes: dict[str, str] = {}
         squares = 0.0
         with ExitStack() as stack:
             base = stack.enter_context(self._open_base(recipe))
+            again = stack.enter_context(self._open_base(recipe))
             is_proven = base.stamp == self._proven_base
             if not is_proven:
                 base = stack.enter_context(self._open_base(recipe, hashing=True))
-            slots = self._open_slots(recipe, state, stack)
-            figures = read_statistics(state, recipe.plan)
+            resident = self._resident if self._resident.holds(state) else None
+            rendering = Rendering(recipe, state, finish, again, resident, self.device)
+            rendering.open(stack, folded, self.beat)
             for number, names in enumerate(plan.shards(base, dtype)):
                 declared = [(n, self._served_dtype(base, n, dtype), base.entries[n].shape) for n in names]
                 with Writer(out / base.set.files[number].name, declared) as writer:
                     for name, code, _ in declared:
-                        for values, part in self._rendered(
-                            recipe, base, slots, (state.totals, figures), finish, name
-                        ):
+                        for values, part in self._rendered(rendering, base, name):
                             squares += part
                             served = values.to(dtype=torch_dtype(code))
                             if served.is_floating_point() and not bool(torch.isfinite(served).all()):
@@ -331,64 +383,29 @@ class Engine:
                 self._prove_base(recipe, base)
         return hashes, math.sqrt(squares)
 
-    def _open_slots(self, recipe: Recipe, state: State, stack: ExitStack) -> dict[str, Weights | Resident]:
-        """Open the state for reading at random, in memory if it lies there; nothing before the first fold."""
-        if not state.has_slots():
-            return {}
-        found: dict[str, Weights | Resident] = {}
-        for slot in methods.load(recipe.method).SLOTS:
-            if self._resident.holds(state):
-                found[slot] = self._resident
-            else:
-                shards = sorted(state.folder.glob(f"{slot}-*.safetensors"))
-                found[slot] = stack.enter_context(Weights(WeightsSet(tuple(shards))))
-        return found
-
     def _served_dtype(self, base: Weights, name: str, dtype: torch.dtype | None) -> str:
         entry = base.entries[name]
         return CODES[dtype] if dtype is not None and entry.is_floating else entry.dtype
 
-    def _rendered(
-        self,
-        recipe: Recipe,
-        base: Weights,
-        slots: dict[str, Weights | Resident],
-        known: tuple[Totals, dict[str, Tensor]],
-        finish: finalize.Finalize,
-        name: str,
-    ) -> Iterator[tuple[Tensor, float]]:
+    def _rendered(self, rendering: Rendering, base: Weights, name: str) -> Iterator[tuple[Tensor, float]]:
         """Yield a weight's served values, whole or in panels.
 
         Each comes with the squared norm of what was added to the base.
         """
         entry = base.entries[name]
-        folded = recipe.plan.tied.get(name, name)
-        kind = recipe.plan.kinds[folded]
-        whole = kind == plan.PROJECTED
-        method, (totals, figures) = methods.load(recipe.method), known
-        for start, stop in [(0, entry.elements)] if whole else element_panels(entry.elements):
+        folded = rendering.recipe.plan.tied.get(name, name)
+        kind = rendering.recipe.plan.kinds[folded]
+        for start, stop in plan.parts(entry, kind):
             original = self._pass(base.read(name, start, stop))
-            if kind == plan.COPIED or not slots:
+            if kind == plan.COPIED or not rendering.state.has_slots():
                 yield original, 0.0
                 continue
-            shape = entry.shape if whole else (stop - start,)
-            found = {
-                slot: self._slot(weights, slot, folded, start, stop).reshape(shape)
-                for slot, weights in slots.items()
-            }
-            given = methods.accepted(method.render, {**recipe.knobs, "figures": figures[folded]})
-            delta = finalize.apply(method.render(found, totals, **given), finish).reshape(-1)
+            delta = rendering.delta(folded, start, stop).reshape(-1)
             squares = linalg.dot(delta, delta)
             if squares:
                 exact = torch.promote_types(original.dtype, torch.float32)
                 original = original.to(self.device, exact) + delta
             yield original, squares if name == folded else 0.0
-
-    def _slot(self, found: Weights | Resident, slot: str, name: str, start: int, stop: int) -> Tensor:
-        """Read one slot of a weight, flat."""
-        if isinstance(found, Resident):
-            return found.read(slot, name, start, stop).to(self.device)
-        return found.read(name, start, stop).to(self.device)
 
     def _settle_threads(self) -> None:
         """Use the agreed number of threads in this thread too.
@@ -403,6 +420,15 @@ class Engine:
         self.progress(values.numel() * values.element_size())
         self.beat()
         return values
+
+
+def progress_of(old: Tensor, new: Tensor, old_squares: float) -> tuple[float, float]:
+    """Squared length of what a sum grew by, and |cos| of the angle between that and the sum before."""
+    step = new - old
+    squares = linalg.dot(step, step)
+    if squares == 0.0 or old_squares == 0.0:
+        return squares, 0.0
+    return squares, abs(linalg.dot(step, old)) / math.sqrt(squares * old_squares)
 
 
 MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h

@@ -5,6 +5,7 @@ What fits the base and how is `fit`'s; how an adapter's factors become a delta i
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
@@ -12,10 +13,12 @@ import torch
 from streammerge.adapters import Adapter
 from streammerge.fit import fit, refuse_untied
 from streammerge.headers import find, read_json
-from streammerge.weights import Weights
+from streammerge.sidecar import Sidecar
+from streammerge.weights import Weights, digest_with
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -27,11 +30,8 @@ if TYPE_CHECKING:
     from streammerge.plan import Plan
 
 
-class FineTune(Protocol):
-    """An open fine-tune of the base."""
-
-    def __enter__(self) -> Self:
-        """Be closed at the end of the block."""
+class Deltas(Protocol):
+    """Fetched weights, read as what they change of the base."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -45,17 +45,70 @@ class FineTune(Protocol):
                   they may be overwritten
         """
 
+    def rereading(self) -> AbstractContextManager[None]:
+        """Inside, deltas may be asked for again and in any order; none of it counts as read."""
+
     def finish(self) -> str:
         """Read what no delta needed, make the last checks, and give the digest of all that was read."""
 
 
-def open_fine_tune(path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance) -> FineTune:
-    """Open fetched files and fit them to the base; raises Refused or headers.Incomplete."""
+class FineTune:
+    """An open fine-tune of the base, and what came beside its weights."""
+
+    def __init__(self, deltas: Deltas, sidecar: Sidecar | None) -> None:
+        """Both are open; `close` closes them."""
+        self._deltas, self.sidecar = deltas, sidecar
+        self.delta = deltas.delta
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._deltas.__exit__(kind, error, trace)
+        if self.sidecar is not None:
+            self.sidecar.weights.__exit__(kind, error, trace)
+
+    @contextmanager
+    def rereading(self) -> Iterator[None]:
+        """See Deltas.rereading; the sidecar too."""
+        with ExitStack() as stack:
+            stack.enter_context(self._deltas.rereading())
+            if self.sidecar is not None:
+                stack.enter_context(self.sidecar.weights.unhashed())
+            yield
+
+    def finish(self) -> str:
+        """See Deltas.finish; the sidecar counts too."""
+        digest = self._deltas.finish()
+        if self.sidecar is None:
+            return digest
+        self.sidecar.weights.read_rest()
+        return digest_with(digest, self.sidecar.weights.content_digest())
+
+
+def open_fine_tune(
+    path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance, sidecar: str = ""
+) -> FineTune:
+    """Open fetched files and fit them to the base; raises Refused or headers.Incomplete.
+
+    `sidecar` names the file beside the weights that is opened too where it is there.
+    """
     found = find(path)
+    deltas: Deltas
     if found.adapter is not None:
-        return Adapter(found, base, plan, tolerance)
-    config = read_json(path / "config.json") if path.is_dir() else {}
-    return FullWeights(found, config, base, plan, tolerance)
+        deltas = Adapter(found, base, plan, tolerance)
+    else:
+        config = read_json(path / "config.json") if path.is_dir() else {}
+        deltas = FullWeights(found, config, base, plan, tolerance)
+    if not sidecar or not (path / sidecar).is_file():
+        return FineTune(deltas, None)
+    try:
+        return FineTune(deltas, Sidecar(path / sidecar, base, plan))
+    except BaseException:
+        deltas.__exit__(None, None, None)
+        raise
 
 
 class FullWeights:
@@ -77,23 +130,24 @@ class FullWeights:
             self.weights.__exit__(None, None, None)
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.weights.__exit__(kind, error, trace)
 
+    def rereading(self) -> AbstractContextManager[None]:
+        """See Deltas.rereading."""
+        return self.weights.unhashed()
+
     def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """See FineTune.delta."""
+        """See Deltas.delta."""
         if name in self.fit.absent:
             return torch.zeros_like(original)
         tuned = self.weights.read(self.fit.sources[name], start, stop)
         return tuned.to(device=original.device, dtype=torch.float32).reshape(original.shape).sub_(original)
 
     def finish(self) -> str:
-        """See FineTune.finish; a tied head that was saved twice must repeat its embedding."""
+        """See Deltas.finish; a tied head that was saved twice must repeat its embedding."""
         self.weights.read_rest()
         for head, embedding in self.fit.heads.items():
             if self.weights.tensor_digest(head) != self.weights.tensor_digest(embedding):

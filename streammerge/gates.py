@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import structlog
+
 from streammerge import programs
 from streammerge.errors import TryAgain
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from streammerge.config import CommandGate, Limit
 
 LATER = 75
+
+log = structlog.get_logger()
 
 
 class GateBroken(TryAgain):
@@ -41,8 +45,10 @@ def check(
     candidate: Path,
     current: Path | None,
     beat: Callable[[], None] = lambda: None,
+    *,
+    drops_refuse: bool = True,
 ) -> Verdict:
-    """Run every gate in order until one refuses."""
+    """Run every gate in order until one refuses; `max_drop` may only be told of."""
     figures: dict[str, Mapping[str, float]] = {}
     for gate in gates:
         measured = measure(gate, candidate, beat)
@@ -61,6 +67,11 @@ def check(
                 f"gate {gate.name} fails on the version being served: {served}",
                 hint="mend the gate's command",
             )
+        if not drops_refuse:
+            for key, limit in gate.limits.items():
+                if breach(key, limit, measured, served) and not breach(key, limit, measured, {}):
+                    log.warning("gate.drop", gate=gate.name, detail=breach(key, limit, measured, served))
+            served = {}
         if reasons := [
             r for key, limit in gate.limits.items() if (r := breach(key, limit, measured, served))
         ]:

@@ -164,8 +164,10 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
     return WeightsSet(tuple(folder / shard for shard in shards), index=index_name)
 
 
-def is_needed(name: str) -> bool:
+def is_needed(name: str, sidecar: str = "") -> bool:
     """Whether a fold reads the file of this name; all others stay where they were published."""
+    if name in SIDECARS:
+        return name == sidecar
     return name in READ_NAMES or name.endswith((".safetensors", ".safetensors.index.json"))
 
 

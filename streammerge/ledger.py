@@ -187,6 +187,12 @@ class Ledger:
         with self.transaction():
             return self._db.execute(query, values).lastrowid or 0
 
+    def insert(self, table: str, rows: Iterable[Row]) -> None:
+        """Add whole rows as they are read from another ledger; those that are there stay."""
+        for row in rows:
+            names, marks = ", ".join(row), ", ".join("?" for _ in row)
+            self.write(f"insert or ignore into {table} ({names}) values ({marks})", *row.values())  # noqa: S608 -- our own names
+
     def fact(self, name: str) -> Any:  # noqa: ANN401 -- whatever JSON was written
         """Read one named fact (head, hold, current); None where it was never set."""
         found = self.row("select value from facts where name = ?", name)

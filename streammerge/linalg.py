@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 1 << 17
 PANEL_ELEMENTS = 1 << 21
 FLOAT32_EPSILON = 1.1920929e-07
+INTERFERENCE_LEVEL = 0.9
+CLAMP = 3.0
 POWER_ITERATIONS = 64
 POWER_TOLERANCE = 1e-9
 
@@ -90,6 +92,11 @@ def plus(matrix: Tensor, delta: Delta, *, scale: float = 1.0, factor: float = 1.
     return torch.add(delta if factor == 1.0 else factor * delta, matrix, alpha=scale)
 
 
+def scaled(delta: Delta, factor: float) -> Delta:
+    """Multiply every element."""
+    return LowRank(delta.left * factor, delta.right) if isinstance(delta, LowRank) else delta * factor
+
+
 def dot(a: Tensor, b: Tensor) -> float:
     """Sum of a * b in float64, over blocks of fixed size: the same bits for the same number of threads."""
     a, b = a.reshape(-1), b.reshape(-1)
@@ -137,6 +144,71 @@ def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     s = values.clamp_(min=0).sqrt_().flip(0)
     q = int((s > max(matrix.shape) * FLOAT32_EPSILON * s[0]).sum()) if s.numel() else 0
     return vectors.flip(1)[:, :q], s[:q]
+
+
+def applied(operator: Tensor, matrix: Tensor) -> Tensor:
+    """Matrix product operator @ matrix as float32; [r, m] float64 times [m, n] float32, summed in float64."""
+    out = torch.empty(operator.shape[0], matrix.shape[1], device=matrix.device)
+    for cut in panels(matrix.shape[1], max(matrix.shape[0], operator.shape[0])):
+        out[:, cut] = (operator @ matrix[:, cut].double()).float()
+    return out
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Nearest matrix with orthonormal columns: X (X^T X)^(-1/2), [m, k] float32, k <= m.
+
+    Columns that others hold already, or that are zero, add no direction.
+    """
+    rows = matrix.T
+    vectors, s = spectrum(rows)
+    return applied(vectors / s @ vectors.T, rows).T
+
+
+def capped(
+    matrix: Tensor, figures: Tensor, *, level: str, strength: float, kappa: float, beta: float
+) -> Tensor:
+    """Bound the spectrum of a sum by that of its parts: U min(beta s, c) V^T.
+
+    matrix   [m, n] float32, U s V^T
+    figures  [parts, 3] float64, `statistics` of each; fewer than two that are not zero leave it as it is
+    level    "interference": c = strength * `interference_bound`; "fixed": c = kappa * the clamped mean of the
+             parts' largest singular values
+    """
+    there = figures[figures[:, 0] > 0]
+    if len(there) < 2:
+        return matrix
+    wide = lying(matrix)
+    vectors, s = spectrum(wide)
+    if not s.numel():
+        return matrix
+    cap = kappa * clamped_mean(there[:, 2]) if level == "fixed" else strength * interference_bound(there, s)
+    over = int((beta * s > cap).sum())
+    top = vectors[:, :over].float()
+    lowered = ((beta - cap / s[:over]).float().unsqueeze(1)) * (top.T @ wide)
+    found = torch.addmm(wide, top, lowered, beta=beta, alpha=-1.0)
+    return (found if found.shape == matrix.shape else found.T).contiguous()
+
+
+def interference_bound(figures: Tensor, s: Tensor) -> float:
+    """A bound for a sum's singular values s that falls where its parts collide: 0.9 w sqrt(R / tau_S).
+
+    tau(d) = ||d^T d||_F / ||d||_F is a part's energy-weighted singular value, w the clamped mean of the
+    parts' taus, R the root of the sum of their squares, tau_S the sum's own tau. tau_S / R is 1 for parts
+    that share no direction and sqrt(n) for n copies of one.
+    """
+    taus = figures[:, 1] / figures[:, 0]
+    tau_of_sum = float(s.pow(4).sum().sqrt() / s.square().sum().sqrt())
+    together = float(taus.square().sum().sqrt())
+    return INTERFERENCE_LEVEL * clamped_mean(taus) * math.sqrt(together / tau_of_sum)
+
+
+def clamped_mean(values: Tensor) -> float:
+    """Geometric mean of positive values [n], each clamped to a third and to three times their median.
+
+    One delta that is nearly empty, or ten times as long as the others, must not move it.
+    """
+    middle = float(values.quantile(0.5))
+    return math.exp(float(values.clamp(middle / CLAMP, middle * CLAMP).log().mean()))
 
 
 def split_rank(s: Tensor, alpha: float) -> int:

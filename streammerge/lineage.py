@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from streammerge import methods
 from streammerge.methods import Totals
 
 if TYPE_CHECKING:
@@ -33,17 +34,18 @@ def manifest_of(
         "torch": torch.__version__,
         "fine_tunes": folded,
         "totals": {**{k: getattr(totals, k) for k in Totals.__dataclass_fields__}, "lambda": totals.lambda_},
-        "health": health(totals, norm, measured),
+        "health": health(recipe, totals, norm, measured),
     }
 
 
-def health(totals: Totals, norm: float, measured: Measured | None) -> dict[str, float | None]:
-    """Give the figures that tell a sound merge from a sick one."""
+def health(recipe: Recipe, totals: Totals, norm: float, measured: Measured | None) -> dict[str, float | None]:
+    """Give the figures that tell a sound merge from a sick one; those about the sum where one is kept."""
+    sums = methods.keeps_sum(recipe.method, recipe.knobs)
     return {
         "merged_norm": norm,
         "norm_ratio": norm / totals.max_delta_norm if totals.max_delta_norm else None,
-        "lambda_over_sqrt_count": totals.lambda_ / totals.count**0.5 if totals.count else None,
+        "lambda_over_sqrt_count": totals.lambda_ / totals.count**0.5 if totals.count and sums else None,
         "delta_norm": measured.delta_norm if measured else None,
-        "kept_energy": measured.kept_energy if measured else None,
-        "orthogonality": measured.orthogonality if measured else None,
+        "kept_energy": measured.kept_energy if measured and sums else None,
+        "orthogonality": measured.orthogonality if measured and sums else None,
     }

@@ -56,7 +56,8 @@ class Merge:
     broken_gate: str = ""
     gates_again_at: float = 0.0
     gate_attempts: int = 0
-    folding_from: Path | None = None
+    folding_from: tuple[Path, ...] = ()
+    needed: set[str] = field(default_factory=set)  # folders of the inbox that are being read
 
     @property
     def head(self) -> Snapshot:
@@ -117,10 +118,26 @@ def settings_of(
         "method": recipe.method,
         "knobs": dict(recipe.knobs),
         "added": list(added_globs(config)),
+        "routes": [route.model_dump() for route in config.routes],
         "state_bytes": state_bytes,
         "embedding": recipe.plan.embedding,
         "kinds": dict(recipe.plan.kinds),
     }
+
+
+def check_method(config: Config) -> None:
+    """Raise ConfigError where other keys do not go with the method."""
+    lines = config.finalize.lines
+    if lines is not None and lines.alpha == "auto" and not methods.keeps_plain_sum(config.method):
+        raise ConfigError(
+            f"finalize.lines.alpha is auto, and {config.method} does not keep the sum it is found by",
+            hint="give alpha a number",
+        )
+    if methods.rereads(config.method) and config.archive != "keep":
+        raise ConfigError(
+            f"method {config.method} reads every fine-tune again each time, and archive is {config.archive}",
+            hint="set archive: keep, which keeps all their files in the store",
+        )
 
 
 def added_globs(config: Config) -> tuple[str, ...]:
@@ -135,11 +152,13 @@ def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict
         ("method", settings["method"], config.method),
         ("knobs", settings["knobs"], given),
         ("added", settings["added"], settings["added"] if config.added is None else list(config.added)),
+        ("routes", settings["routes"], [route.model_dump() for route in config.routes]),
     ):
         if ours != theirs:
             raise ConfigError(
                 f"{key} is {theirs!r}, but the store {config.store} was made with {ours!r}",
-                hint=f"put {key} back, or give the new {key} a new store",
+                hint=f"put {key} back, or `streammerge rebuild` makes a new store with the new {key} "
+                "from the same fine-tunes",
             )
     entries = open_base_headers(config.base_path)
     plan = Plan(settings["kinds"], settings["embedding"])
@@ -149,7 +168,12 @@ def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict
             hint="put the original base back, or start a new store for the new base",
         )
     return Recipe(
-        config.base_path, settings["base"]["digest"], plan, settings["method"], settings["knobs"]
+        config.base_path,
+        settings["base"]["digest"],
+        plan,
+        settings["method"],
+        settings["knobs"],
+        config.routes,
     ), entries
 
 

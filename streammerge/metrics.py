@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -25,11 +26,11 @@ from prometheus_client import (
 from streammerge import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 LONG_SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 7200)
 SHORT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300)
-DECISIONS = ("folded", "refused", "quarantined", "superseded", "ignored", "gone")
+DECISIONS = ("folded", "refused", "quarantined", "superseded", "ignored", "gone", "replaced", "retracted")
 STAGES = ("fetch", "fold", "render", "seal", "gate")
 POLL_RESULTS = ("ok", "error")
 TOLD_RESULTS = ("ok", "failed")
@@ -37,6 +38,15 @@ TOLD_RESULTS = ("ok", "failed")
 
 class Metrics:
     """The daemon's metrics on one registry."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stage_seconds.labels(name).observe(time.monotonic() - started)
 
     def __init__(self, reasons: Iterable[str] = ()) -> None:
         """`reasons` are all words a fine-tune can be refused for: each starts at zero."""

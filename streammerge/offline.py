@@ -9,23 +9,25 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from rich.progress import Progress
 
-from streammerge import files, finalize, methods, plan, screen
+from streammerge import files, methods, plan, screen, weights
+from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config import DirectorySource
 from streammerge.engine import Engine, Measured
 from streammerge.errors import ConfigError, Refused
+from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
-from streammerge.merging import added_globs, open_base_headers
+from streammerge.merging import added_globs, check_method, open_base_headers
 from streammerge.methods import Totals
 from streammerge.state import State
 
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from streammerge.config import Config
+    from streammerge.config import Config, Route
+    from streammerge.finetune import FineTune
     from streammerge.headers import Entry
     from streammerge.plan import Recipe
 
@@ -53,10 +56,18 @@ class Request:
     knobs: Mapping[str, Any] | None = None
     added: tuple[str, ...] | None = None
     allow: frozenset[str] = frozenset()
-    scale: float = 1.0
+    weights: tuple[float, ...] = ()
+    routes: tuple[Route, ...] = ()
+    finalize: Finalize = field(default_factory=Finalize)
     dtype: str | None = None
     device: str = "auto"
     threads: int | None = None
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """The weight of each fine-tune: one given stands for all."""
+        given = self.weights or (1.0,)
+        return given * len(self.fine_tunes) if len(given) == 1 else given
 
 
 def merge(request: Request, *, warn: Callable[[str], None], console: Console) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def merge(request: Request, *, warn: Callable[[str], None], console: Console) ->
     Raises ConfigError for a request that makes no sense, Refused for a fine-tune the screen refuses. OUT
     appears whole or not at all.
     """
-    dtype, finish = check_request(request)
+    dtype = check_request(request)
     request.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{request.out.name}-", dir=request.out.absolute().parent))
     try:
@@ -73,7 +84,7 @@ def merge(request: Request, *, warn: Callable[[str], None], console: Console) ->
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
             files.disk_errors("merging"),
         ):
-            manifest = _merge_in(work, request, dtype, finish, warn, progress)
+            manifest = _merge_in(work, request, dtype, warn, progress)
         for part in work.iterdir():
             if part.name not in ("model", "manifest.json"):
                 shutil.rmtree(part)
@@ -89,7 +100,7 @@ def merge(request: Request, *, warn: Callable[[str], None], console: Console) ->
     return manifest
 
 
-def check_request(request: Request) -> tuple[torch.dtype | None, finalize.Finalize]:
+def check_request(request: Request) -> torch.dtype | None:
     """Refuse a request that makes no sense before anything is read."""
     if request.method not in methods.NAMES:
         raise ConfigError(
@@ -109,19 +120,26 @@ def check_request(request: Request) -> tuple[torch.dtype | None, finalize.Finali
     for path in (request.base, *request.fine_tunes):
         if not path.exists():
             raise ConfigError(f"{path} is not there", hint="give model folders or .safetensors files")
-    try:
-        return RENDER_DTYPES.get(request.dtype or ""), finalize.Finalize(scale=request.scale)
-    except ValidationError as exc:
+    lines = request.finalize.lines
+    if lines is not None and lines.alpha == "auto" and not methods.keeps_plain_sum(request.method):
         raise ConfigError(
-            f"--scale {request.scale}: {exc.errors()[0]['msg']}", hint="1.0 is the method's own length"
-        ) from exc
+            f"--finalize lines.alpha is auto, and {request.method} does not keep the plain sum",
+            hint="give alpha a number",
+        )
+    if len(request.factors) != len(request.fine_tunes):
+        raise ConfigError(
+            f"--weight is given {len(request.weights)} times for {len(request.fine_tunes)} fine-tunes",
+            hint="give it once for all, or once for each in their order",
+        )
+    if not all(math.isfinite(factor) and factor for factor in request.factors):
+        raise ConfigError("--weight must be a number other than 0", hint="leave a fine-tune out instead")
+    return RENDER_DTYPES.get(request.dtype or "")
 
 
 def _merge_in(
     work: Path,
     request: Request,
     dtype: torch.dtype | None,
-    finish: finalize.Finalize,
     warn: Callable[[str], None],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -130,30 +148,22 @@ def _merge_in(
     engine = Engine(
         device=request.device, threads=request.threads, progress=lambda count: progress.advance(bar, count)
     )
-    knobs = methods.resolve(request.method, request.knobs or {})
-    added = plan.DEFAULT_ADDED if request.added is None else request.added
-    found, _ = engine.open_base(request.base, added)
-    recipe = replace(found, method=request.method, knobs=knobs)
-    entries = open_base_headers(request.base)
-    if request.added is not None and (idle := plan.idle_globs(entries, request.added)):
-        warn(f"--added {idle[0]} matches no weight of the base")
-    size = sum(entry.stop - entry.start for entry in entries.values())
+    job = Job.begin(request, engine, work)
+    for text in job.idle():
+        warn(text)
+    size = sum(entry.stop - entry.start for entry in job.entries.values())
     progress.update(bar, total=size * (2 + 2 * len(request.fine_tunes)), completed=size)
-    job = _Job(engine, recipe, entries, request.allow)
-    folded: list[dict[str, Any]] = []
-    state, measured = State(work / "state-0", {}, Totals()), None
-    for number, path in enumerate(request.fine_tunes, 1):
+    for path, factor in zip(request.fine_tunes, request.factors, strict=True):
         progress.update(bar, description=f"folding {path.name}")
-        state, entry, measured = _fold_one(job, path, state, folded, work / f"state-{number}")
-        folded.append(entry)
-        shutil.rmtree(work / f"state-{number - 1}", ignore_errors=True)
+        job.fold(path, factor)
     progress.update(bar, description="writing the model")
     (work / "model").mkdir()
-    hashes, norm = engine.render(recipe, state, finish, work / "model", dtype)
+    hashes, norm = job.render(work / "model", dtype)
+    recipe, finish = job.recipe, request.finalize
     manifest = {
         "base": {"digest": recipe.base_digest, "name": request.base.name},
-        **manifest_of(engine, recipe, finish, folded, state.totals, norm, measured),
-        "added": list(added),
+        **manifest_of(engine, recipe, finish, job.folded, job.state.totals, norm, job.measured),
+        "added": list(job.added),
         "files": {f"model/{name}": {"sha256": digest} for name, digest in sorted(hashes.items())},
     }
     mark = {key: manifest[key] for key in ("base", "method", "knobs", "finalize", "fine_tunes")}
@@ -163,35 +173,97 @@ def _merge_in(
     return manifest
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same for every fine-tune of one merge."""
+@dataclass
+class Job:
+    """A merge without a store: fine-tunes folded one after another, rendered at any time."""
 
+    request: Request
     engine: Engine
+    work: Path
     recipe: Recipe
     entries: Mapping[str, Entry]
-    allow: frozenset[str]
+    state: State
+    measured: Measured | None = None
+    folded: list[dict[str, Any]] = field(default_factory=list)
+    _paths: list[Path] = field(default_factory=list)
 
+    @classmethod
+    def begin(cls, request: Request, engine: Engine, work: Path) -> Job:
+        """Read the base."""
+        knobs = methods.resolve(request.method, request.knobs or {})
+        added = plan.DEFAULT_ADDED if request.added is None else request.added
+        found, _ = engine.open_base(request.base, added)
+        recipe = replace(found, method=request.method, knobs=knobs, routes=request.routes)
+        return cls(
+            request,
+            engine,
+            work,
+            recipe,
+            open_base_headers(request.base),
+            State(work / "state-0", {}, Totals()),
+        )
 
-def _fold_one(
-    job: _Job, path: Path, state: State, folded: list[dict[str, Any]], out: Path
-) -> tuple[State, dict[str, Any], Measured]:
-    """Fold one fine-tune; its name is put before what the screen says of it."""
-    out.mkdir()
-    try:
-        with screen.examine(path, job.entries, job.recipe.plan, Tolerance(), allow=job.allow) as finetune:
-            new, measured = job.engine.fold(job.recipe, finetune, "", 1.0, state, out)
-            digest = finetune.finish()
-        if "duplicate" not in job.allow:
-            screen.refuse_known(digest, folded={entry["digest"] for entry in folded}, denied=())
-        screen.judge(measured, max_delta_ratio=1.0, allow=job.allow)
-    except Refused as exc:
-        raise Refused(exc.reason, f"{path}: {exc.message} ({exc.reason})", hint=_hint(exc)) from exc
-    return (
-        new,
-        {"name": path.name, "source": "", "revision": digest[:16], "digest": digest, "weight": 1.0},
-        measured,
-    )
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The globs of weights that are added whole."""
+        return plan.DEFAULT_ADDED if self.request.added is None else self.request.added
+
+    def idle(self) -> list[str]:
+        """Say what was asked for and changes nothing."""
+        found = [
+            f"--added {glob} matches no weight of the base"
+            for glob in plan.idle_globs(self.entries, self.request.added or ())
+        ]
+        globs = [route.weights for route in self.request.routes]
+        found += [
+            f"--route {glob} matches no weight of the base" for glob in plan.idle_globs(self.entries, globs)
+        ]
+        method = self.recipe.method
+        if not methods.load(method).WEIGHTED and any(factor != 1.0 for factor in self.request.factors):
+            found.append(f"--weight is ignored by {method}")
+        return found
+
+    def fold(self, path: Path, factor: float = 1.0) -> None:
+        """Fold one fine-tune; its name is put before what the screen says of it."""
+        out = self.work / f"state-{len(self.folded) + 1}"
+        out.mkdir()
+        try:
+            digest = self._digest(path)
+            with self._open(path) as finetune:
+                incoming = Incoming(finetune, digest, factor, path.name)
+                new, measured = self.engine.fold(self.recipe, incoming, self.state, out)
+                digest = finetune.finish()
+            if "duplicate" not in self.request.allow:
+                known = {entry["digest"] for entry in self.folded}
+                screen.refuse_known(digest, folded=known, denied=())
+            screen.judge(measured, max_delta_ratio=1.0, allow=self.request.allow)
+        except Refused as exc:
+            raise Refused(exc.reason, f"{path}: {exc.message} ({exc.reason})", hint=_hint(exc)) from exc
+        shutil.rmtree(self.state.folder, ignore_errors=True)
+        self.state, self.measured = new, measured
+        self._paths.append(path)
+        self.folded.append(
+            {"name": path.name, "source": "", "revision": digest[:16], "digest": digest, "weight": factor}
+        )
+
+    def _digest(self, path: Path) -> str:
+        """Know a fine-tune before it is folded, where what the method draws depends on it."""
+        if not getattr(methods.load(self.recipe.method), "SEEDED", False):
+            return ""
+        return weights.identity(path, self.engine.beat, methods.sidecar(self.recipe.method))
+
+    def _open(self, path: Path) -> FineTune:
+        return screen.examine(path, self.entries, self.recipe, Tolerance(), allow=self.request.allow)
+
+    def render(self, out: Path, dtype: torch.dtype | None = None) -> tuple[dict[str, str], float]:
+        """Write the merged model to an empty folder; see Engine.render."""
+        with ExitStack() as stack:
+            again = [
+                Incoming(stack.enter_context(self._open(path)), entry["digest"], entry["weight"], path.name)
+                for path, entry in zip(self._paths, self.folded, strict=True)
+                if methods.rereads(self.recipe.method)
+            ]
+            return self.engine.render(self.recipe, self.state, self.request.finalize, out, dtype, again)
 
 
 def _hint(refused: Refused) -> str:
@@ -204,13 +276,23 @@ def check(config: Config) -> dict[str, Any]:
     Of a base that is still on a Hub nothing is known: its figures are 0, with a warning.
     """
     knobs = methods.resolve(config.method, config.knobs)
+    check_method(config)
     is_there = not config.hub_base or config.base_path.exists()
     entries = open_base_headers(config.base_path) if is_there else {}
     globs = added_globs(config)
     floats = [entry for entry in entries.values() if entry.is_floating]
     matrices = [e for e in floats if len(e.shape) == 2 and not plan.matches(e.name, globs)]
     base_bytes = sum(entry.stop - entry.start for entry in entries.values())
-    state_bytes = 4 * sum(e.elements for e in floats) * len(methods.load(config.method).SLOTS)
+    state_bytes = sum(
+        dtype.itemsize * math.prod(shape)
+        for e in floats
+        for dtype, shape in methods.layout(
+            methods.load(config.method),
+            methods.Weight(e.name, "projected" if e in matrices else "added", e.shape),
+            1,
+            knobs,
+        ).values()
+    )
     warnings = [
         f"added: {glob} matches no weight of the base"
         for glob in plan.idle_globs(entries, config.added or ())
@@ -224,6 +306,17 @@ def check(config: Config) -> dict[str, Any]:
         f"source {part.name}: {part.path} is not there yet"
         for part in config.sources
         if isinstance(part, DirectorySource) and not part.path.is_dir()
+    ]
+    warnings += [
+        f"routes: {glob} matches no weight of the base"
+        for glob in plan.idle_globs(entries, [route.weights for route in config.routes])
+        if is_there
+    ]
+    names = {part.name for part in config.sources}
+    warnings += [
+        f"routes: there is no source {route.source}"
+        for route in config.routes
+        if route.source is not None and route.source not in names
     ]
     if not config.sources:
         warnings.append("no sources: nothing will ever be folded")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.sources import Source
 
+EVERY_VERB = (*operations.VERBS, *operations.HEAVY)
 ROUNDS = 5  # how often a remote source is asked again for what it did not tell
 
 log = structlog.get_logger()
@@ -56,8 +57,8 @@ def run_once(config: Config) -> None:
         merge = recovery.open_merge(config, engine, metrics)
         try:
             turns.check_served(merge)
-            operations.work_off(merge)
-            sources = {part.name: open_source(part, config.base_models, beat) for part in config.sources}
+            operations.work_off(merge, EVERY_VERB)
+            sources = {part.name: open_source(part, config, beat) for part in config.sources}
             reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
             while turns.work_once(merge, sources):
@@ -85,7 +86,7 @@ def obey_once(config: Config, *, forgiving: bool = False) -> None:
     engine = Engine(device="cpu", threads=config.threads)
     merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
     try:
-        operations.work_off(merge)
+        operations.work_off(merge, EVERY_VERB)
         promote.deliver(merge, [open_target(part, config) for part in config.targets])
     finally:
         merge.ledger.close()

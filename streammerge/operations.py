@@ -1,41 +1,48 @@
-"""What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect.
+"""What a person may ask of a store: roll back, retract, hold, resume, approve, reject, retry, collect.
 
 Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command
-itself. None waits for a running fold.
+itself. None waits for a running fold but retract, which is one.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from streammerge import collect, files, pipeline, promote, reports, snapshots
-from streammerge.errors import Damaged, NoSpace, StreammergeError
+from streammerge.errors import Damaged, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
+ATTEMPTS = 3
 RETRIED = ("refused", "quarantined", "gone", "ignored")
-APPROVED = (*RETRIED, "awaiting_approval", "denied", "pending")
+APPROVED = (*RETRIED, "awaiting_approval", "denied", "pending", "retracted")
 
 log = structlog.get_logger()
 
 
-def work_off(merge: Merge) -> int:
-    """Execute every command that was asked for; gives how many."""
-    asked = merge.ledger.asked()
+def asked_for(merge: Merge, verbs: Collection[str]) -> list[Row]:
+    """List the commands with these verbs that wait."""
+    return [row for row in merge.ledger.asked() if row["verb"] in verbs]
+
+
+def work_off(merge: Merge, verbs: Collection[str]) -> int:
+    """Execute every command with one of these verbs that was asked for; gives how many."""
+    asked = asked_for(merge, verbs)
     for row in asked:
         try:
             result = execute(merge, row)
             log.info("command.done", verb=row["verb"], **result)
-        except (Damaged, NoSpace):
+        except (Damaged, NoSpace, Stopped):
             raise
         except StreammergeError as exc:
             merge.ledger.answer(
@@ -48,10 +55,14 @@ def work_off(merge: Merge) -> int:
 def execute(merge: Merge, row: Row) -> dict[str, Any]:
     """Carry out one command and its answer in one transaction: killed anywhere, it was done once or not yet.
 
-    Collecting removes files as it goes and may be done twice, so it is no transaction. `current` moves after
-    the intent is durable, never before.
+    Collecting removes files as it goes and may be done twice, so it is no transaction; nor is what folds,
+    which says so if it was done before. `current` moves after the intent is durable, never before.
     """
     arguments = json.loads(row["arguments"])
+    if row["verb"] in HEAVY:
+        result = HEAVY[row["verb"]](merge, **arguments)
+        merge.ledger.answer(row["id"], "done", result)
+        return result
     with merge.turn:
         if row["verb"] == "gc":
             result = gc(merge)
@@ -201,7 +212,7 @@ def reject(merge: Merge, *, name: str) -> dict[str, Any]:
     if row["state"] == "folded":
         raise StreammergeError(
             f"{row['name']} is folded into version {row['version']}",
-            hint="`streammerge rollback` takes it out with what came after it",
+            hint="`streammerge retract` takes it out",
         )
     with merge.ledger.transaction():
         if row["digest"]:
@@ -210,6 +221,35 @@ def reject(merge: Merge, *, name: str) -> dict[str, Any]:
             row["id"], state="denied", reason="denied", detail="rejected by a person"
         )
     return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "denied"}
+
+
+def retract(merge: Merge, *, name: str) -> dict[str, Any]:
+    """Take one fine-tune out of the merge, in a new version; its content is denied under any name.
+
+    Acts during a hold, which stays. Where bytes are missing, or a gate refuses, nothing changes.
+    """
+    row = find_fine_tune(merge, name, prefer="folded")
+    answer = {"name": row["name"], "source": row["source"], "revision": row["revision"]}
+    if row["state"] == "retracted":
+        return {**answer, "version": merge.head.version, "state": "retracted"}
+    for _ in range(ATTEMPTS):
+        head = merge.head
+        places = [p for p, entry in enumerate(head.fine_tunes) if entry["digest"] == row["digest"]]
+        if not places or row["state"] != "folded":
+            raise StreammergeError(
+                f"{row['name']} is {row['state']}, not folded; nothing to retract",
+                hint="`streammerge fine-tunes` shows what is folded",
+            )
+        candidate = pipeline.without(merge, head, places)
+        if pipeline.conclude(merge, candidate, asked_for=True):
+            return {**answer, "version": candidate.version, "state": "retracted"}
+        refused = merge.ledger.snapshot(candidate.version) or {}
+        if not str(refused.get("note", "")).startswith("discarded"):
+            raise StreammergeError(
+                f"the merge without {row['name']} is refused: {refused.get('note')}",
+                hint="nothing was changed; loosen the gate's limits to take it out all the same",
+            )
+    raise TryAgain("head moved each time while the fine-tune was taken out", hint="ask again")
 
 
 def start_again(merge: Merge, row: Row, *, approved: int) -> None:
@@ -235,6 +275,7 @@ def refuse_settled(row: Row, verb: str, states: tuple[str, ...]) -> None:
     where = "" if row["version"] is None else f" into version {row['version']}"
     hints = {
         "denied": "`streammerge fine-tunes approve` lets it in again",
+        "retracted": "`streammerge fine-tunes approve` lets it in again",
         "waiting": "wait until it is complete",
         "superseded": "its newer revision stands for it",
     }
@@ -243,8 +284,11 @@ def refuse_settled(row: Row, verb: str, states: tuple[str, ...]) -> None:
     )
 
 
-def find_fine_tune(merge: Merge, name: str) -> Row:
-    """Find `[SOURCE:]NAME[@REVISION]`, the newest that matches."""
+def find_fine_tune(merge: Merge, name: str, prefer: str = "") -> Row:
+    """Find `[SOURCE:]NAME[@REVISION]`, the newest that matches; one in state `prefer` before all others."""
+    if prefer:
+        with suppress(StreammergeError):
+            return reports.match_fine_tune(merge.ledger.fine_tunes(prefer), name)
     return reports.match_fine_tune(merge.ledger.fine_tunes(), name)
 
 
@@ -257,3 +301,4 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "hold": hold, "resume": resume, "rollback": rollback,
     "approve": approve, "retry": retry, "reject": reject, "gc": gc,
 }  # fmt: skip
+HEAVY: dict[str, Callable[..., dict[str, Any]]] = {"retract": retract}  # these fold, where folding is done

@@ -7,20 +7,22 @@ finished or removed by `recovery`. The order of a step's effects is never the or
 from __future__ import annotations
 
 import json
+import math
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, finalize, gates, promote, reports, screen, snapshots, weights
+from streammerge import files, gates, methods, promote, replay, reports, screen, snapshots
+from streammerge.arriving import Incoming
 from streammerge.aside import RETRY_SECONDS, remove_fetched, set_aside
 from streammerge.card import card
 from streammerge.collect import tidy
 from streammerge.errors import ConfigError, Refused, Stopped, TryAgain
+from streammerge.fetching import bring_in, identify, published
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
-from streammerge.headers import Incomplete
 from streammerge.ledger import now
 from streammerge.lineage import manifest_of
 from streammerge.merging import reached
@@ -28,13 +30,14 @@ from streammerge.methods import Totals
 from streammerge.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from streammerge.engine import Measured
     from streammerge.finetune import FineTune
     from streammerge.ledger import Row
     from streammerge.merging import Merge
+    from streammerge.replay import Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
 
@@ -87,23 +90,7 @@ def is_overtaken(merge: Merge, row: Row) -> bool:
 
 def fetch(merge: Merge, row: Row, source: Source) -> Row:
     """Step 2: bring the files here, whole, and know them by their content."""
-    inbox = merge.store.inbox / str(row["id"])
-    if not inbox.exists():
-        part = merge.store.inbox / f"{row['id']}.part"
-        if not source.is_remote:
-            files.remove_tree(part)
-        part.mkdir(exist_ok=True)  # what a cut fetch left of the same revision is gone on from
-        with stage(merge, "fetch"), files.disk_errors("fetching"):
-            base_bytes = int(merge.store.read_settings()["base"]["bytes"])  # a full fine-tune is as large
-            files.require_space(
-                merge.store.root, base_bytes, reserve_bytes=merge.config.reserve, purpose="fetching"
-            )
-            source.fetch(row["name"], row["revision"], part)
-            reached("copied")
-            files.fsync_tree(part)
-            merge.metrics.fetched_bytes.labels(row["source"]).inc(files.tree_bytes(part))
-            files.rename_folder(part, inbox)
-        reached("fetched")
+    inbox = bring_in(merge, row, source)
     if row["step"] == "announced":
         digest = identify(inbox, row, source, merge)
         if row["digest"] and digest != row["digest"]:
@@ -117,37 +104,21 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
     return row
 
 
-def identify(inbox: Path, row: Row, source: Source, merge: Merge) -> str:
-    """Know a fetched fine-tune by its content; what a remote revision lacks will never be in it."""
-    try:
-        return weights.identity(published(inbox, row), merge.engine.beat)
-    except Incomplete as exc:
-        if not source.is_remote:
-            raise
-        raise Refused("incomplete", exc.message, hint="publish the whole model in one commit") from exc
-
-
-def published(folder: Path, row: Row) -> Path:
-    """Give a fetched fine-tune as it was published: a file where it was a file, else the folder."""
-    file = folder / str(row["name"])
-    return file if file.suffix == ".safetensors" and file.is_file() else folder
-
-
 def fold(merge: Merge, row: Row) -> Snapshot | None:
     """Steps 3 to 6: screen, fold, render and seal a candidate; None where a person is asked first."""
     ledger, store, config = merge.ledger, merge.store, merge.config
     head = merge.head
-    with stage(merge, "fold"), files.disk_errors("folding"):
-        inbox = published(store.inbox / str(row["id"]), row)
+    with merge.metrics.stage("fold"), files.disk_errors("folding"):
+        inbox = published(store.inbox / str(row["id"]), row["name"])
         others = {
             r["digest"]
             for r in ledger.fine_tunes("pending", "awaiting_approval")
             if r["id"] < row["id"] and r["digest"]
         }
         screen.refuse_known(row["digest"], folded={*head.digests, *others}, denied=ledger.denied())
-        refuse_changed(merge, row, head)
+        way = replacement(merge, row, head)
         tolerance = Tolerance(config.tensors.ignore_extra, config.tensors.allow_missing)
-        with screen.examine(inbox, merge.base_entries, merge.recipe.plan, tolerance) as finetune:
+        with screen.examine(inbox, merge.base_entries, merge.recipe, tolerance) as finetune:
             ledger.update_fine_tune(row["id"], step="screened")
             reached("screened")
             if config.approve == "manual" and not row["approved"]:
@@ -158,43 +129,90 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
                 )
                 log.info("finetune.awaits_approval")
                 return None
-            version = next_version(merge)
-            require_space(merge, "folding")
-            building = snapshots.begin(store, version)
-            try:
-                return build(merge, row, finetune, head, version, building)
-            except BaseException:
-                files.remove_tree(building)
-                raise
+            with under_construction(merge, head, way, "folding") as (version, building):
+                return build(merge, row, finetune, head, way, version, building)
 
 
-def build(
-    merge: Merge, row: Row, finetune: FineTune, head: Snapshot, version: int, building: Path
-) -> Snapshot:
-    """Steps 4 to 6 in the building folder."""
-    merge.folding_from = head.path
+@contextmanager
+def under_construction(
+    merge: Merge, head: Snapshot, way: Way | None, purpose: str
+) -> Iterator[tuple[int, Path]]:
+    """Give a number and an empty building folder, which goes if anything fails; what is read stays."""
+    version = next_version(merge)
+    require_space(merge, purpose)
+    building = snapshots.begin(merge.store, version)
+    merge.folding_from = (head.path, *([way.start.path] if way and way.start else []))
     merge.metrics.folding.set(1)
     merge.metrics.fold_started.set_to_current_time()
     try:
-        state, measured = merge.engine.fold(
-            merge.recipe, finetune, row["digest"], row["factor"], merge.state_of(head), building / "state"
-        )
-        if finetune.finish() != row["digest"]:
-            files.remove_tree(merge.store.inbox / str(row["id"]))
-            merge.ledger.update_fine_tune(row["id"], step="announced")
-            raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
-        screen.judge(measured, max_delta_ratio=merge.config.max_delta_ratio)
-        reached("folded")
-        entry = {
-            "name": row["name"], "source": row["source"], "revision": row["revision"],
-            "digest": row["digest"], "weight": row["factor"],
-        }  # fmt: skip
-        manifest, hashes = render(merge, state, [*head.fine_tunes, entry], head, version, building, measured)
-        return seal(merge, building, manifest, hashes)
+        yield version, building
+    except BaseException:
+        files.remove_tree(building)
+        raise
     finally:
-        merge.folding_from = None
+        merge.folding_from = ()
         merge.metrics.folding.set(0)
         merge.metrics.fold_progress.set(0)
+
+
+def build(
+    merge: Merge, row: Row, finetune: FineTune, head: Snapshot, way: Way | None, version: int, building: Path
+) -> Snapshot:
+    """Steps 4 to 6 in the building folder; with a way, the fine-tune takes the place of an older revision."""
+    incoming = Incoming(finetune, row["digest"], row["factor"], row["source"])
+    old, kept = merge.state_of(head), head.fine_tunes
+    if way is not None:
+        old, _ = replay.walk(merge, way, building, "before")
+        kept = [e for e in kept if (e["source"], e["name"]) != (row["source"], row["name"])]
+    state, measured = merge.engine.fold(merge.recipe, incoming, old, building / "state")
+    files.remove_tree(building / "before")
+    if finetune.finish() != row["digest"]:
+        files.remove_tree(merge.store.inbox / str(row["id"]))
+        merge.ledger.update_fine_tune(row["id"], step="announced")
+        raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
+    screen.judge(measured, max_delta_ratio=merge.config.max_delta_ratio)
+    reached("folded")
+    entry = {
+        "name": row["name"], "source": row["source"], "revision": row["revision"],
+        "digest": row["digest"], "weight": row["factor"],
+    }  # fmt: skip
+    manifest, hashes = render(merge, state, [*kept, entry], head, version, building, measured)
+    return seal(merge, building, manifest, hashes)
+
+
+def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
+    """Decide by `on_update` about a changed revision of a folded name: how the old one is taken out first."""
+    places = [
+        place
+        for place, entry in enumerate(head.fine_tunes)
+        if (entry["source"], entry["name"]) == (row["source"], row["name"])
+    ]
+    if not places or merge.config.on_update == "add":
+        return None
+    if merge.config.on_update == "ignore":
+        revision = head.fine_tunes[places[-1]]["revision"]
+        raise Refused("ignored", f"revision {revision} is folded and on_update is ignore", hint="")
+    return replay.way_without(merge, head, places)
+
+
+def without(merge: Merge, head: Snapshot, places: Collection[int]) -> Snapshot:
+    """Seal a candidate that holds head's fine-tunes but those at `places`."""
+    way = replay.way_without(merge, head, places)
+    kept = [entry for place, entry in enumerate(head.fine_tunes) if place not in places]
+    return along(merge, head, way, kept)
+
+
+def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]]) -> Snapshot:
+    """Seal a candidate that follows head and holds `entries`, to whose state `way` leads."""
+    with (
+        merge.metrics.stage("fold"),
+        files.disk_errors("folding"),
+        under_construction(merge, head, way, "replaying") as (version, building),
+    ):
+        state, measured = replay.walk(merge, way, building, "state")
+        reached("folded")
+        manifest, hashes = render(merge, state, entries, head, version, building, measured)
+        return seal(merge, building, manifest, hashes)
 
 
 def render(
@@ -207,9 +225,11 @@ def render(
     measured: Measured | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Step 5: write what servers load; gives the manifest to be and the hashes known so far."""
-    recipe, finish = merge.recipe, finalize.Finalize(scale=merge.config.finalize.scale)
-    with stage(merge, "render"):
-        rendered, norm = merge.engine.render(recipe, state, finish, building / "model")
+    recipe, finish = merge.recipe, merge.config.finalize
+    with merge.metrics.stage("render"), ExitStack() as stack:
+        rereads = methods.rereads(recipe.method)
+        again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
+        rendered, norm = merge.engine.render(recipe, state, finish, building / "model", folded=again)
     hashes = {f"state/{name}": found for name, found in state.hashes.items()}
     hashes |= {f"model/{name}": found for name, found in rendered.items()}
     manifest = {
@@ -218,6 +238,7 @@ def render(
         "base": {"digest": recipe.base_digest, "name": recipe.base.name},
         **manifest_of(merge.engine, recipe, finish, folded, state.totals, norm, measured),
         "added": merge.store.read_settings()["added"],
+        "routes": [route.model_dump() for route in recipe.routes],
     }
     mark = {
         key: manifest[key]
@@ -231,7 +252,7 @@ def render(
 
 def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
     """Step 6: an immutable candidate, then its row."""
-    with stage(merge, "seal"):
+    with merge.metrics.stage("seal"):
         candidate = snapshots.seal(merge.store, building, manifest, hashes)
     reached("sealed")
     merge.engine.keep(candidate.digest)
@@ -244,28 +265,43 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
     """Write a sealed candidate's row; there already is no error."""
     if merge.ledger.snapshot(candidate.version):
         return
-    added = [entry["name"] for entry in candidate.fine_tunes[-1:]]
+    added, removed = changes(merge, candidate)
     merge.ledger.write(
         "insert into snapshots (version, digest, parent, state, count, added, removed, sealed_at) "
-        "values (?, ?, ?, 'candidate', ?, ?, '[]', ?)",
+        "values (?, ?, ?, 'candidate', ?, ?, ?, ?)",
         candidate.version, candidate.digest, candidate.parent, len(candidate.fine_tunes),
-        json.dumps(added), now(),
+        json.dumps([e["name"] for e in added]), json.dumps([e["name"] for e in removed]), now(),
     )  # fmt: skip
 
 
-def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0) -> bool:
-    """Steps 7 to 9: gate, accept, promote. False where the candidate was refused or discarded."""
-    if not passes(merge, candidate):
+def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Which fine-tunes a version has that its parent has not, and the other way round."""
+    parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
+    if parent is None:
+        return snapshot.fine_tunes[-1:], []
+    ours, theirs = set(snapshot.digests), set(parent.digests)
+    added = [entry for entry in snapshot.fine_tunes if entry["digest"] not in theirs]
+    return added, [entry for entry in parent.fine_tunes if entry["digest"] not in ours]
+
+
+def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_for: bool = False) -> bool:
+    """Steps 7 to 9: gate, accept, promote. False where the candidate was refused or discarded.
+
+    What a person asked for is served during a hold too, and may be worse than what is served.
+    """
+    if not passes(merge, candidate, asked_for=asked_for):
         return False
     with merge.turn:
         head = None if candidate.parent is None else merge.head
-        row = row_of(merge, candidate)
-        if (head is not None and head.digest != candidate.parent) or (
-            row is not None and row["state"] != "pending"
-        ):
+        added, removed = changes(merge, candidate)
+        rows = [replay.row_of(merge, entry) for entry in added]
+        is_moot = any(row is not None and row["state"] != "pending" for row in rows) or (
+            bool(removed) and not added and not asked_for
+        )
+        if is_moot or (head is not None and head.digest != candidate.parent):
             discard(merge, candidate)
             return False
-        if merge.held:  # it stays a candidate until the hold is lifted
+        if merge.held and not asked_for:  # it stays a candidate until the hold is lifted
             return False
         accepted = snapshots.accept(merge.store, candidate)
         reached("accepted")
@@ -273,12 +309,12 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0) -> bool
         promote.switch(merge)
     tidy(merge)
     refresh_merge_metrics(merge, accepted)
-    merge.metrics.folds.labels("done").inc(bool(accepted.fine_tunes))
-    added = accepted.fine_tunes[-1] if accepted.fine_tunes else None
-    named = {key: added[key] for key in ("name", "source", "revision")} if added else {}
+    merge.metrics.folds.labels("done").inc(bool(added))
+    named = {key: added[-1][key] for key in ("name", "source", "revision")} if added else {}
     log.info(
-        "finetune.served" if added else "base.served",
+        "finetune.served" if added else "finetune.retracted" if removed else "base.served",
         **named,
+        **({"removed": [entry["name"] for entry in removed]} if removed else {}),
         version=accepted.version,
         digest=accepted.digest[:12],
         count=len(accepted.fine_tunes),
@@ -288,12 +324,17 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0) -> bool
     return True
 
 
-def passes(merge: Merge, candidate: Snapshot) -> bool:
-    """Step 7: run the gates; a refused candidate stays aside for inspection."""
+def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> bool:
+    """Step 7: run the gates; a refused candidate stays aside for inspection.
+
+    What a person asked for may drop: that is only said.
+    """
     current = snapshots.current(merge.store)
     try:
-        with stage(merge, "gate"):
-            verdict = gates.check(merge.config.gates, candidate.path, current, merge.engine.beat)
+        with merge.metrics.stage("gate"):
+            verdict = gates.check(
+                merge.config.gates, candidate.path, current, merge.engine.beat, drops_refuse=not asked_for
+            )
         merge.broken_gate, merge.gate_attempts = "", 0
     except Stopped:
         raise
@@ -311,7 +352,8 @@ def passes(merge: Merge, candidate: Snapshot) -> bool:
         )
     merge.ledger.update_snapshot(candidate.version, state="refused", note="; ".join(verdict.reasons))
     merge.metrics.folds.labels("refused").inc()
-    row = row_of(merge, candidate)
+    added, _ = changes(merge, candidate)
+    row = replay.row_of(merge, added[-1]) if added and not asked_for else None
     if row:
         refusal = Refused(
             "quality", "; ".join(verdict.reasons), hint="`streammerge fine-tunes retry` folds it again"
@@ -332,57 +374,39 @@ def discard(merge: Merge, candidate: Snapshot) -> None:
 
 
 def record_accepted(merge: Merge, snapshot: Snapshot) -> None:
-    """Steps 8 and 9 in the ledger, in one transaction: head, fine-tune, the intent to promote, outbox."""
+    """Steps 8 and 9 in the ledger, in one transaction: head, fine-tunes, the intent to promote, outbox."""
     ledger = merge.ledger
     with ledger.transaction():
         record_candidate(merge, snapshot)
         ledger.update_snapshot(snapshot.version, state="accepted", accepted_at=now())
         ledger.set_fact("head", snapshot.path.name)
-        if row := row_of(merge, snapshot):
-            ledger.update_fine_tune(
-                row["id"],
-                state="folded",
-                reason="",
-                detail="",
-                step="folded",
-                version=snapshot.version,
-                attempts=0,
-                next_try_at=0.0,
-            )
-            merge.metrics.decided.labels(row["source"], "folded").inc()
-        promote.intend(merge, snapshot, "fold" if snapshot.parent else "first")
+        added, removed = changes(merge, snapshot)
+        for entry in added:
+            settle(merge, entry, "folded", snapshot.version)
+        names = {(entry["source"], entry["name"]) for entry in added}
+        for entry in removed:
+            is_replaced = (entry["source"], entry["name"]) in names
+            settle(merge, entry, "replaced" if is_replaced else "retracted", None)
+            if not is_replaced:
+                ledger.deny([entry["digest"]], f"taken out in version {snapshot.version}")
+        cause = "fold" if added else "retract" if removed else "first"
+        promote.intend(merge, snapshot, cause)
 
 
-def row_of(merge: Merge, snapshot: Snapshot) -> Row | None:
-    """Find the row of the fine-tune that a snapshot added."""
-    if not snapshot.fine_tunes:
-        return None
-    last = snapshot.fine_tunes[-1]
-    return merge.ledger.row(
-        "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
-        last["source"],
-        last["name"],
-        last["revision"],
-    )
-
-
-def refuse_changed(merge: Merge, row: Row, head: Snapshot) -> None:
-    """A changed revision of a folded name is decided by `on_update`."""
-    folded = [
-        entry for entry in head.fine_tunes if (entry["source"], entry["name"]) == (row["source"], row["name"])
-    ]
-    if not folded or merge.config.on_update == "add":
-        return
-    if merge.config.on_update == "ignore":
-        raise Refused(
-            "ignored", f"revision {folded[-1]['revision']} is folded and on_update is ignore", hint=""
+def settle(merge: Merge, entry: Mapping[str, Any], state: str, version: int | None) -> None:
+    """Write down in its row what became of a fine-tune."""
+    if row := replay.row_of(merge, entry):
+        merge.ledger.update_fine_tune(
+            row["id"],
+            state=state,
+            reason="",
+            detail="",
+            step="folded",
+            version=version,
+            attempts=0,
+            next_try_at=0.0,
         )
-    raise Refused(
-        "needs-replay",
-        f"revision {folded[-1]['revision']} of {row['name']} is folded; "
-        f"replacing it needs a replay of {len(head.fine_tunes)} folds",
-        hint="this release cannot replay: publish it under a new name, or set on_update: add",
-    )
+        merge.metrics.decided.labels(row["source"], state).inc()
 
 
 def next_version(merge: Merge) -> int:
@@ -419,17 +443,8 @@ def refresh_merge_metrics(merge: Merge, head: Snapshot) -> None:
     """Show head's figures."""
     totals, figures = head.manifest["totals"], head.manifest["health"]
     merge.metrics.merged.set(totals["count"])
-    merge.metrics.scale.set(totals["lambda"])
+    keeps_sum = methods.keeps_sum(merge.recipe.method, merge.recipe.knobs)
+    merge.metrics.scale.set(totals["lambda"] if keeps_sum else math.nan)
     merge.metrics.norm_ratio.set(figures["norm_ratio"] or 0.0)
     merge.metrics.kept_energy.set(figures["kept_energy"] or 0.0)
     merge.metrics.orthogonality.set(figures["orthogonality"] or 0.0)
-
-
-@contextmanager
-def stage(merge: Merge, name: str) -> Iterator[None]:
-    """Time one stage."""
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        merge.metrics.stage_seconds.labels(name).observe(time.monotonic() - started)

@@ -7,18 +7,22 @@ there is no table of architectures.
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from streammerge import methods
 from streammerge.headers import DTYPES, Entry
+from streammerge.weights import element_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import torch
 
+    from streammerge.config import Route
     from streammerge.weights import Weights
 
 # Embeddings and heads: their rows belong to single tokens or classes, so OPCM adds them whole.
@@ -54,13 +58,51 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What does not change from fold to fold: the base, the kind of each weight, the method and its knobs."""
+    """What does not change from fold to fold: the base, each weight's kind, the method, knobs, routes."""
 
     base: Path
     base_digest: str
     plan: Plan
     method: str
     knobs: Mapping[str, Any]
+    routes: tuple[Route, ...] = ()
+
+    def share(self, name: str, source: str) -> float:
+        """What a source's deltas of one weight are multiplied by: the first route that matches says."""
+        for route in self.routes:
+            if matches(name, [route.weights]) and route.source in (None, source):
+                return route.share
+        return 1.0
+
+    def layout(self, entry: Entry, count: int) -> methods.Layout:
+        """What the method remembers of a weight once `count` fine-tunes are folded."""
+        kind = cast("methods.Kind", self.plan.kinds[entry.name])
+        weight = methods.Weight(entry.name, kind, entry.shape)
+        return methods.layout(methods.load(self.method), weight, count, self.knobs)
+
+    def state_bytes(self, base: Mapping[str, Entry], count: int = 1) -> int:
+        """Size of the state once `count` fine-tunes are folded."""
+        layouts = (self.layout(base[name], count) for name in self.plan.merged)
+        return sum(d.itemsize * math.prod(shape) for found in layouts for d, shape in found.values())
+
+
+PANEL_ELEMENTS = 1 << 20
+
+
+def parts(entry: Entry, kind: str) -> Iterator[tuple[int, int]]:
+    """Cut a weight's elements as they are processed: whole where it is projected, else panels of whole rows.
+
+    A row is the last dimension; a vector is one row.
+    """
+    if kind == PROJECTED:
+        return iter([(0, entry.elements)])
+    row = max(row_of(entry.shape), 1)
+    return element_panels(entry.elements, max(PANEL_ELEMENTS // row, 1) * row)
+
+
+def row_of(shape: tuple[int, ...]) -> int:
+    """Length of a row."""
+    return shape[-1] if shape else 1
 
 
 def make(base: Weights, config: Mapping[str, Any], added: Iterable[str]) -> Plan:

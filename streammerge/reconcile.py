@@ -115,7 +115,7 @@ def record(
         sighting.revision,
     ):
         supersede(merge, config.name, sighting.name, but=row["id"])
-        if row["state"] in ("superseded", "gone", "waiting"):  # it came back
+        if row["state"] in ("superseded", "gone", "waiting", "replaced"):  # it came back
             ledger.update_fine_tune(
                 row["id"], state="pending", reason="", detail="", step="announced", published_at=published
             )

@@ -16,7 +16,7 @@ from streammerge.collect import tidy_inbox
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
 from streammerge.ledger import Ledger, now
-from streammerge.merging import Merge, added_globs, recipe_of, settings_of
+from streammerge.merging import Merge, added_globs, check_method, recipe_of, settings_of
 from streammerge.plan import Recipe, idle_globs
 from streammerge.weights import Weights, identity
 
@@ -34,6 +34,7 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
 
     `forgiving` opens a store whose head or current is damaged too: for a rollback off it, and nothing else.
     """
+    check_method(config)
     store = snapshots.Store(config.store)
     if config.hub_base:
         from streammerge.origin import bring_base  # huggingface_hub takes half a second to import
@@ -117,14 +118,10 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
     found, norm = engine.open_base(config.base_path, added)
     with Weights(find(config.base_path)) as base:
         size = base.bytes
-        state_size = (
-            4
-            * sum(base.entries[n].elements for n in found.plan.merged)
-            * len(methods.load(config.method).SLOTS)
-        )
+        recipe = Recipe(config.base_path, found.base_digest, found.plan, config.method, knobs, config.routes)
+        state_size = recipe.state_bytes(base.entries)
         if config.added is not None and (idle := idle_globs(base.entries, added)):
             log.warning("config.added_matches_nothing", globs=idle)
-    recipe = Recipe(config.base_path, found.base_digest, found.plan, config.method, knobs)
     with files.disk_errors("making the store"):
         files.replace_file(
             store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from streammerge import methods
 from streammerge.engine import RETRAIN
 from streammerge.errors import Refused
 from streammerge.finetune import FineTune, open_fine_tune
 from streammerge.headers import MARK
+from streammerge.sidecar import missing as refuse_missing
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
     from streammerge.engine import Measured
     from streammerge.fit import Tolerance
     from streammerge.headers import Entry
-    from streammerge.plan import Plan
+    from streammerge.plan import Recipe
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
+    "bad-sidecar": "a file of Fisher information or Gram matrices that does not fit the base",
     "corrupted": "a file whose content is not what its place declares",
     "denied": "taken out by a rollback or rejected by a person",
     "duplicate": "the same content is folded or waiting already",
@@ -32,6 +35,7 @@ REASONS = {
     "implausible": "its delta is longer than max_delta_ratio times the base",
     "incomplete": "files were still missing after incomplete_after",
     "malformed": "a file that is not what its header claims",
+    "missing-sidecar": "no Fisher information or Gram matrices beside the weights, which the method needs",
     "missing-weights": "weights of the base are not in it",
     "needs-replay": "a changed revision of a folded fine-tune",
     "non-finite": "NaN or infinite values",
@@ -53,7 +57,7 @@ REASONS = {
 
 
 def examine(
-    path: Path, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance, allow: Container[str] = ()
+    path: Path, base: Mapping[str, Entry], recipe: Recipe, tolerance: Tolerance, allow: Container[str] = ()
 ) -> FineTune:
     """Open a fetched fine-tune and check everything that its headers and configuration can show."""
     if path.is_dir() and (path / MARK).exists() and "own-merge" not in allow:
@@ -62,7 +66,12 @@ def examine(
             f"it holds {MARK}: it is a merge made by streammerge",
             hint="publish merges where no source of theirs looks",
         )
-    return open_fine_tune(path, base, plan, tolerance)
+    sidecar = methods.sidecar(recipe.method)
+    found = open_fine_tune(path, base, recipe.plan, tolerance, sidecar)
+    if sidecar and found.sidecar is None and recipe.knobs.get("missing") == "refuse":
+        found.__exit__(None, None, None)
+        raise refuse_missing(sidecar)
+    return found
 
 
 def refuse_known(digest: str, *, folded: Container[str], denied: Container[str]) -> None:

@@ -181,6 +181,14 @@ def accept(store: Store, candidate: Snapshot) -> Snapshot:
     return Snapshot(target, candidate.digest, candidate.manifest)
 
 
+def by_digest(store: Store, digest: str) -> Snapshot | None:
+    """Open the accepted version with this digest, if it is still on disk."""
+    path = next(
+        (p for p in folders(store.snapshots) if p.name.endswith(f"-{digest[:DIGEST_CHARACTERS]}")), None
+    )
+    return read(path) if path else None
+
+
 def read(path: Path) -> Snapshot:
     """Open a sealed folder: its manifest must hash to what the folder's name says."""
     match = FOLDER.match(path.name)

@@ -1,7 +1,7 @@
 """A method's state on disk: one safetensors file for each slot and file of the base, and the statistics.
 
-Slots are float32, in the order in which the base is processed, so that both reading and writing run front to
-back and every byte is hashed on the way. Knows nothing of methods beyond their slots' names.
+Slots lie in the order in which the base is processed, so that both reading and writing run front to back and
+every byte is hashed on the way. Knows nothing of methods beyond the layout of what they remember.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 from streammerge import linalg, plan
 from streammerge.errors import Damaged, Refused
-from streammerge.headers import Incomplete, WeightsSet
+from streammerge.headers import CODES, Incomplete, WeightsSet
 from streammerge.weights import Weights, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
     from torch import Tensor
 
     from streammerge.linalg import Delta
-    from streammerge.methods import Totals
+    from streammerge.methods import Layout, Slots, Totals
 
 STATISTICS = "statistics.safetensors"
 ROLL_BACK = "roll back to a version that verifies"
@@ -79,9 +79,10 @@ class Resident:
         self._digest = digest if self._folder is not None else ""
         self._folder = None
 
-    def read(self, slot: str, name: str, start: int, stop: int) -> Tensor:
-        """Give elements [start, stop) of one weight's slot, flat."""
-        return self._slots[slot, name][start:stop]
+    def read(self, slot: str, name: str, start: int, stop: int, *, whole: bool) -> Tensor:
+        """Give elements [start, stop) of one weight's slot, or all of it, flat."""
+        values = self._slots[slot, name]
+        return values if whole else values[start:stop]
 
     def put(
         self, slot: str, name: str, start: int, elements: int, values: Tensor, where: torch.device
@@ -91,41 +92,46 @@ class Resident:
             self._slots[slot, name] = values.reshape(-1).to(where)
             return
         if (slot, name) not in self._slots:
-            self._slots[slot, name] = torch.empty(elements, device=where)
+            self._slots[slot, name] = torch.empty(elements, dtype=values.dtype, device=where)
         self._slots[slot, name][start : start + values.numel()] = values.reshape(-1).to(where)
 
 
 class StateShard:
     """The state of one of the base's files: read from the old state, written to the new one.
 
-    Each slot has a file of its own.
+    Each slot has a file of its own, which holds the weights that have this slot.
     """
 
     def __init__(
         self,
-        slots: Iterable[str],
         old: State,
         out: Path,
         number: int,
-        names: list[str],
-        base: Weights,
+        layouts: Sequence[Mapping[str, Layout]],
         resident: Resident | None,
     ) -> None:
-        """`names` are merged in this order; with `resident` the old values come from memory."""
+        """`layouts` say, before and after, what is remembered of each weight, in the order of processing.
+
+        With `resident` the old values come from memory.
+        """
         self.hashes: dict[str, str] = {}
-        self._old, self._stack, self._resident = old, ExitStack(), resident
-        self._names = {slot: f"{slot}-{number + 1:05d}.safetensors" for slot in slots} if names else {}
+        self._before, self._after = layouts
+        self._old, self._number, self._stack, self._resident = old, number, ExitStack(), resident
         self._readers: dict[str, Weights] = {}
         self._writers: dict[str, Writer] = {}
         try:
-            for slot, file_name in self._names.items():
-                declared = [(name, "F32", base.entries[name].shape) for name in names]
+            for slot, declared in _declared(self._before).items():
                 if old.has_slots() and resident is None:
-                    self._readers[slot] = self._stack.enter_context(open_sealed(old, file_name, declared))
-                self._writers[slot] = self._stack.enter_context(Writer(out / file_name, declared))
+                    reader = open_sealed(old, self._file(slot), declared)
+                    self._readers[slot] = self._stack.enter_context(reader)
+            for slot, declared in _declared(self._after).items():
+                self._writers[slot] = self._stack.enter_context(Writer(out / self._file(slot), declared))
         except BaseException:
             self._stack.close()
             raise
+
+    def _file(self, slot: str) -> str:
+        return f"{slot}-{self._number + 1:05d}.safetensors"
 
     def __enter__(self) -> Self:
         return self
@@ -133,19 +139,34 @@ class StateShard:
     @property
     def source(self) -> str:
         """Say where the old values come from."""
-        return ", ".join(str(self._old.folder / name) for name in self._names.values())
+        return ", ".join(str(self._old.folder / self._file(slot)) for slot in self._writers)
 
-    def read(self, slot: str, name: str, start: int, stop: int) -> Tensor:
-        """Give the old values: from memory, from the old file, or zeros before the first fold."""
-        if self._resident is not None:
-            return self._resident.read(slot, name, start, stop)
-        if slot in self._readers:
-            return self._readers[slot].read(name, start, stop)
-        return torch.zeros(stop - start)
+    def elements(self, slot: str, name: str) -> int:
+        """How many numbers the new slot of a weight holds."""
+        return math.prod(self._after[name][slot][1])
 
-    def write(self, slot: str, name: str, values: Tensor) -> None:
-        """Append to the new file."""
-        self._writers[slot].write(name, values)
+    def read(self, name: str, start: int, stop: int, *, whole: bool) -> Slots:
+        """Give the old values: from memory, from the old file, or zeros before the first fold.
+
+        In the slots' shapes for a weight that is processed whole, else the panel's, flat.
+        """
+        found = {}
+        for slot, (dtype, shape) in self._before[name].items():
+            if self._resident is not None:
+                values = self._resident.read(slot, name, start, stop, whole=whole)
+            elif slot in self._readers:
+                values = self._readers[slot].read(name, *(() if whole else (start, stop)))
+            else:
+                values = torch.zeros(math.prod(shape) if whole else stop - start, dtype=dtype)
+            found[slot] = values.reshape(shape) if whole else values
+        return found
+
+    def write(self, name: str, slots: Slots) -> None:
+        """Append to the new files."""
+        for slot, values in slots.items():
+            dtype, _ = self._after[name][slot]
+            assert values.dtype == dtype, (name, slot, values.dtype)
+            self._writers[slot].write(name, values)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -158,10 +179,54 @@ class StateShard:
             raise damage
         self._stack.__exit__(kind, error, trace)
         if kind is None:
-            self.hashes = {self._names[slot]: writer.sha256 for slot, writer in self._writers.items()}
+            self.hashes = {self._file(slot): writer.sha256 for slot, writer in self._writers.items()}
 
     def _damage(self, slot: str) -> Damaged | None:
-        return damage_of(self._readers[slot], self._old, self._names[slot])
+        return damage_of(self._readers[slot], self._old, self._file(slot))
+
+
+def _declared(layouts: Mapping[str, Layout]) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
+    """What each slot's file holds: (name, dtype, shape), in the order of the weights."""
+    files: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for name, layout in layouts.items():
+        for slot, (dtype, shape) in layout.items():
+            files.setdefault(slot, []).append((name, CODES[dtype], shape))
+    return files
+
+
+class SlotFiles:
+    """A state open for reading in any order: from memory if it lies there, else from its files."""
+
+    def __init__(self, state: State, resident: Resident | None) -> None:
+        """Open every file of every slot."""
+        self._stack, self._resident = ExitStack(), resident
+        self._files: dict[str, Weights] = {}
+        shards: dict[str, list[Path]] = {}
+        for path in sorted(state.folder.glob("*-?????.safetensors")):
+            shards.setdefault(path.name.rsplit("-", 1)[0], []).append(path)
+        try:
+            for slot, paths in shards.items() if resident is None else ():
+                self._files[slot] = self._stack.enter_context(Weights(WeightsSet(tuple(paths))))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str, start: int, stop: int, layout: Layout, *, whole: bool) -> Slots:
+        """Give a weight's slots in their shapes, or one panel of them, flat."""
+        found = {}
+        for slot, (_, shape) in layout.items():
+            if self._resident is not None:
+                values = self._resident.read(slot, name, start, stop, whole=whole)
+            else:
+                values = self._files[slot].read(name, *(() if whole else (start, stop)))
+            found[slot] = values.reshape(shape) if whole else values
+        return found
 
 
 def open_sealed(
@@ -222,18 +287,32 @@ def read_statistics(state: State, kinds: plan.Plan) -> dict[str, Tensor]:
     return figures
 
 
-def write_statistics(
-    old: State, out: Path, latest: Mapping[str, tuple[float, float, float]], kinds: plan.Plan
-) -> str:
-    """Append the latest fine-tune's figures: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
-    earlier = read_statistics(old, kinds)
-    rows = {
-        name: torch.cat([earlier[name], torch.tensor([latest[name]], dtype=torch.float64)])
-        for name in kinds.merged
+def appended(
+    figures: Mapping[str, Tensor], latest: Mapping[str, tuple[float, float, float]]
+) -> dict[str, Tensor]:
+    """Add the latest fine-tune's figures to those of all before it."""
+    return {
+        name: torch.cat([rows, torch.tensor([latest[name]], dtype=torch.float64)])
+        for name, rows in figures.items()
     }
-    with Writer(
-        out / STATISTICS, [(name, "F64", tuple(values.shape)) for name, values in rows.items()]
-    ) as writer:
-        for name, values in rows.items():
-            writer.write(name, values)
+
+
+def without(figures: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Leave out the figures of one fine-tune."""
+    return {name: torch.cat([rows[:index], rows[index + 1 :]]) for name, rows in figures.items()}
+
+
+def delta_norms(figures: Mapping[str, Tensor]) -> list[float]:
+    """Length of every fine-tune's whole delta."""
+    if not figures:
+        return []
+    return [float(total) for total in sum(rows[:, 0].square() for rows in figures.values()).sqrt()]  # type: ignore[union-attr]
+
+
+def write_statistics(out: Path, figures: Mapping[str, Tensor], kinds: plan.Plan) -> str:
+    """Write the figures of all fine-tunes: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
+    declared = [(name, "F64", tuple(figures[name].shape)) for name in kinds.merged]
+    with Writer(out / STATISTICS, declared) as writer:
+        for name in kinds.merged:
+            writer.write(name, figures[name])
     return writer.sha256

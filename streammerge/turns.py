@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import aside, pipeline, reconcile, recovery, reports, snapshots
+from streammerge import aside, operations, pipeline, reconcile, recovery, reports, snapshots
 from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
@@ -111,6 +111,8 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
 
     What sources named in `fetched_elsewhere` announced is left until somebody else has fetched it.
     """
+    if operations.work_off(merge, operations.HEAVY):
+        return True
     if not merge.held:
         conclude_open(merge)
     row = next_row(merge, sources, fetched_elsewhere)

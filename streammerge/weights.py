@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -113,6 +113,15 @@ class Weights:
         flat = torch.frombuffer(buffer, dtype=dtype)
         return flat.reshape(entry.shape) if stop is None else flat
 
+    @contextmanager
+    def unhashed(self) -> Iterator[None]:
+        """Inside, weights may be read any number of times in any order: nothing of it counts as read."""
+        hashes, self._hashes = self._hashes, None
+        try:
+            yield
+        finally:
+            self._hashes = hashes
+
     def read_rest(self, beat: Callable[[], None] = lambda: None) -> None:
         """Hash every weight that was not read yet."""
         assert self._hashes is not None
@@ -162,11 +171,22 @@ class _Running:
         self.position = stop
 
 
-def identity(path: Path, beat: Callable[[], None] = lambda: None) -> str:
-    """Read a fine-tune's weights once and give the digest it is known by: names, dtypes, shapes, bytes."""
+def identity(path: Path, beat: Callable[[], None] = lambda: None, sidecar: str = "") -> str:
+    """Read a fine-tune's weights once and give the digest it is known by: names, dtypes, shapes, bytes.
+
+    `sidecar` names the file beside them, if any, that counts too.
+    """
     with Weights(find(path), hashing=True) as found:
         found.read_rest(beat)
-        return found.content_digest()
+        digest = found.content_digest()
+    if not sidecar or not (path / sidecar).is_file():
+        return digest
+    return digest_with(digest, identity(path / sidecar, beat))
+
+
+def digest_with(digest: str, sidecar: str) -> str:
+    """Know a fine-tune by its weights and by what came beside them."""
+    return hashlib.sha256(f"{digest}\0{sidecar}".encode()).hexdigest()
 
 
 def pread_exactly(descriptor: int, buffer: bytearray, offset: int, path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from streammerge import finalize, methods, offline, screen
+from streammerge.arriving import Incoming
 from streammerge.engine import Engine
 from streammerge.fit import Tolerance
 from streammerge.headers import find
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.engine import Measured
+    from streammerge.finetune import FineTune
 
 PLAIN = finalize.Finalize()
 
@@ -39,20 +42,45 @@ class Bench:
     recipe: Recipe
     state: State
     folds: int = 0
+    folded: list[tuple[Path, float, str]] = field(default_factory=list)
 
-    def fold(self, path: Path, factor: float = 1.0, tolerance: Tolerance | None = None) -> Measured:
+    def fold(
+        self, path: Path, factor: float = 1.0, tolerance: Tolerance | None = None, digest: str = "digest"
+    ) -> Measured:
         """Fold one fine-tune and keep its state as if it had been sealed."""
-        out = self.root / f"state-{self.folds + 1}"
-        out.mkdir()
+        with self.opened(path, tolerance) as finetune:
+            state, measured = self.engine.fold(
+                self.recipe, Incoming(finetune, digest, factor), self.state, self._next()
+            )
+            finetune.finish()
+        self.folded.append((path, factor, digest))
+        self._seal(state)
+        return measured
+
+    def unfold(self, path: Path, index: int, factor: float = 1.0, digest: str = "digest") -> Measured:
+        """Take out the fine-tune that was folded as number `index`."""
+        with self.opened(path) as finetune:
+            incoming = Incoming(finetune, digest, factor)
+            state, measured = self.engine.unfold(self.recipe, incoming, index, self.state, self._next())
+        del self.folded[index]
+        self._seal(state)
+        return measured
+
+    def opened(self, path: Path, tolerance: Tolerance | None = None) -> FineTune:
+        """Open a fine-tune as the screen does."""
         with Weights(find(self.recipe.base)) as base:
             entries = base.entries
-        with screen.examine(path, entries, self.recipe.plan, tolerance or Tolerance()) as finetune:
-            state, measured = self.engine.fold(self.recipe, finetune, "digest", factor, self.state, out)
-            finetune.finish()
+        return screen.examine(path, entries, self.recipe, tolerance or Tolerance())
+
+    def _next(self) -> Path:
+        out = self.root / f"state-{self.folds + 1}"
+        out.mkdir()
+        return out
+
+    def _seal(self, state: State) -> None:
         self.folds += 1
         self.state = replace(state, digest=f"sealed-{self.folds}")
         self.engine.keep(self.state.digest)
-        return measured
 
     def render(
         self, name: str = "model", finish: finalize.Finalize = PLAIN, dtype: torch.dtype | None = None
@@ -60,20 +88,42 @@ class Bench:
         """Write the merged model and give its folder."""
         out = self.root / name
         out.mkdir()
-        hashes, _ = self.engine.render(self.recipe, self.state, finish, out, dtype)
+        with ExitStack() as stack:
+            again = [
+                Incoming(stack.enter_context(self.opened(path)), digest, factor)
+                for path, factor, digest in self.folded
+                if methods.rereads(self.recipe.method)
+            ]
+            hashes, _ = self.engine.render(self.recipe, self.state, finish, out, dtype, again)
         assert hashes == {p.name: sha256(p) for p in out.glob("*.safetensors")}
         return out
 
 
-def bench(
-    root: Path, base: Path, *, method: str = "opcm", added: Iterable[str] = DEFAULT_ADDED, **options: Any
+def bench(root: Path, base: Path, **options: Any) -> Bench:
+    """Open a base for folding by opcm."""
+    return bench_of(root, base, **{"method": "opcm", **options})
+
+
+def bench_of(
+    root: Path,
+    base: Path,
+    *,
+    method: str,
+    knobs: Mapping[str, Any] | None = None,
+    added: Iterable[str] = DEFAULT_ADDED,
+    **options: Any,
 ) -> Bench:
     """Open a base for folding."""
     root.mkdir(exist_ok=True)
     engine = Engine(**{"device": "cpu", "threads": 1, "residency": "disk", **options})
     found, _ = engine.open_base(base, tuple(added))
-    recipe = replace(found, method=method, knobs=methods.resolve(method, {}))
+    recipe = replace(found, method=method, knobs=methods.resolve(method, {**needed(method), **(knobs or {})}))
     return Bench(root, engine, recipe, State(root / "state-0", {}, Totals()))
+
+
+def needed(method: str) -> dict[str, Any]:
+    """Knobs without which a method refuses a fine-tune that comes alone."""
+    return {"missing": "uniform"} if methods.sidecar(method) else {}
 
 
 def sha256(path: Path) -> str:

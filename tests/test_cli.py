@@ -146,7 +146,7 @@ def test_tables_are_for_people(made: Site) -> None:
     assert "model" in made.run("history").stdout
     assert "folded" in made.run("fine-tunes").stdout
     assert "every version is what was sealed" in made.run("verify").stdout
-    assert "alpha" in made.run("show", "head").stdout
+    assert "spectral_cap" in made.run("show", "head").stdout
 
 
 # ------------------------------------------------------------------------------------------ run --once
@@ -243,13 +243,13 @@ def test_merge_gives_what_the_daemon_gives(toys: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--method", "magic", "one"], 2, "methods are opcm"),
-        (["--set", "alpha=2", "one"], 2, "alpha"),
-        (["--set", "alfa=0.5", "one"], 2, "did you mean alpha?"),
+        (["--method", "magic", "one"], 2, "methods are spectral_cap, opcm"),
+        (["--method", "opcm", "--set", "alpha=2", "one"], 2, "alpha"),
+        (["--method", "opcm", "--set", "alfa=0.5", "one"], 2, "did you mean alpha?"),
         (["--set", "alpha", "one"], 2, "--set alpha=0.5"),
         (["--dtype", "int4", "one"], 2, "--dtype int4"),
         (["--allow", "non-finite", "one"], 2, "--allow non-finite"),
-        (["--scale", "0", "one"], 2, "--scale 0"),
+        (["--scale", "0", "one"], 2, "--finalize scale"),
         (["--device", "cuda:9", "one"], 2, "cuda:9"),
         (["missing"], 2, "missing is not there"),
         ([], 2, "FT"),

@@ -132,7 +132,7 @@ def test_the_command_line_says_it_and_exits_2(folder: Path) -> None:
     assert "hint: did you mean method?" in failed.stderr
     failed = command("config", "show", "-c", folder / "other.yaml", code=2)
     assert "other.yaml" in failed.stderr
-    failed = command("config", "check", "-c", write(folder, knobs={"alfa": 0.5}), code=2)
+    failed = command("config", "check", "-c", write(folder, method="opcm", knobs={"alfa": 0.5}), code=2)
     assert "did you mean alpha?" in failed.stderr
     failed = command("run", "-c", write(folder, base="./bass"), code=2)
     assert str(folder / "bass") in failed.stderr
@@ -193,7 +193,7 @@ def test_the_environment_lies_over_the_file(folder: Path) -> None:
     assert shown["http"]["value"]["listen"] == "127.0.0.1:1234"
     assert shown["added"]["value"] == ["x*"]
     assert shown["base"]["origin"] == str(path)
-    assert shown["method"] == {"value": "opcm", "origin": "default"}
+    assert shown["method"] == {"value": "spectral_cap", "origin": "default"}
     table = command("config", "show", "-c", path, env=env).stdout
     assert "STREAMMERGE__KEEP" in table
 
@@ -270,7 +270,7 @@ def check_against(schema: dict[str, Any], part: dict[str, Any], value: Any) -> N
 
 def test_config_check_says_what_it_will_take(folder: Path) -> None:
     """It counts the base's weights and the bytes that a version and the store take, and warns."""
-    path = write(folder, added=["*nothing*"], keep=4, knobs={"alpha": 0.25})
+    path = write(folder, added=["*nothing*"], keep=4, method="opcm", knobs={"alpha": 0.25})
     found = json.loads(command("config", "check", "--json", "-c", path).stdout)
     assert found["weights"] == 7
     assert (found["projected"], found["added"]) == (4, 2)
@@ -289,26 +289,27 @@ def test_config_check_says_what_it_will_take(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A store with one fine-tune folded."""
-    site = Site(tmp_path_factory.mktemp("made") / "site", knobs={"alpha": 0.3})
+    site = Site(tmp_path_factory.mktemp("made") / "site", method="opcm", knobs={"alpha": 0.3})
     site.publish("first", 1)
     site.once()
     return site
 
 
 def test_what_is_fixed_for_a_stores_life_cannot_change(made: Site, tmp_path: Path) -> None:
-    """Another method, knob or list of added weights for an existing store exits 2, with what to do."""
+    """Another method, knob, route or list of added weights for a store exits 2; rebuild is the way."""
     site = made.copy(tmp_path / "site")
     before = (site.store / "store.json").read_bytes()
     for changed, back in (
         ({"method": "average", "knobs": {}}, {"method": "opcm", "knobs": {"alpha": 0.3}}),
         ({"knobs": {"alpha": 0.4}}, {"knobs": {"alpha": 0.3}}),
         ({"added": ["*norm*"]}, {"added": None}),
+        ({"routes": [{"weights": "*norm*", "share": 0}]}, {"routes": []}),
     ):
         site.configure(**changed)
         failed = site.run("run", "--once", code=2)
         assert next(iter(changed)) in failed.stderr
         assert "hint: " in failed.stderr
-        assert "store" in failed.stderr
+        assert "streammerge rebuild" in failed.stderr
         site.configure(**back)
     site.configure(knobs={})  # left open, a knob keeps the store's value
     site.once()

@@ -118,6 +118,30 @@ def test_every_method_and_knob_is_documented() -> None:
             assert "No knobs." in text, name
 
 
+def method_row(name: str) -> str:
+    """Give a method's row of the table in docs/methods.md, as the code has it."""
+    found = methods.describe(name)
+    state = f"{found.state:g}"
+    if found.state_of_others != found.state:
+        state += f", others {found.state_of_others:g}"
+    needs = f"`{found.data}`" if found.data.endswith(".safetensors") else found.data
+    order = "any" if found.order_free else "matters"
+    return f"| `{name}` | {state} | {needs} | {order} | {found.removal} | {found.paper} | {found.notes} |"
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_every_method_is_described_as_the_code_does(name: str) -> None:
+    """The table in docs/methods.md has each method's row as it follows from the code, once."""
+    lines = section("methods.md", "The methods").splitlines()
+    assert lines.count(method_row(name)) == 1, method_row(name)
+
+
+def test_methods_with_weights_are_named() -> None:
+    """docs/methods.md names exactly the methods in which a fine-tune's weight counts."""
+    named = set(words(section("methods.md", "Weights").split("\n\n")[1]))
+    assert named == {name for name in methods.NAMES if methods.describe(name).weighted}
+
+
 def test_every_tail_of_opcm_is_documented() -> None:
     """docs/methods.md has a row for each value of opcm's knob `tail`."""
     kind, _ = methods.knob_fields("opcm")["tail"]

@@ -20,6 +20,10 @@ from streammerge.weights import Weights, element_panels
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from benches import Bench
+
+    from streammerge.headers import Entry
+
 
 # ---------------------------------------------------------------------------------------------- the same bits
 
@@ -38,7 +42,15 @@ def test_the_same_inputs_give_the_same_bytes(method: str, dtype: torch.dtype, tm
         run.render()
         found.append(contents(run.root))
     assert found[0] == found[1] == found[2] == found[3]
-    assert len([name for name in found[0] if name.startswith("state-3/")]) == 3
+    slots = {slot for entry in entries_of(run).values() for slot in run.recipe.layout(entry, 3)}
+    files = {name.removeprefix("state-3/") for name in found[0] if name.startswith("state-3/")}
+    assert {name.rsplit("-", 1)[0] for name in files} == {*slots, STATISTICS}
+
+
+def entries_of(run: Bench) -> dict[str, Entry]:
+    """Give the base's merged weights."""
+    with Weights(find(run.recipe.base)) as base:
+        return {name: base.entries[name] for name in run.recipe.plan.merged}
 
 
 def test_a_base_that_changes_between_fold_and_render_is_noticed(tmp_path: Path) -> None:
@@ -280,7 +292,7 @@ def test_a_delta_that_is_finite_but_absurd_is_refused_in_words(
     tensors[TALL][3, 3] = value
     models.save(second, tensors)
     with pytest.raises(Refused) as caught:
-        merge(tmp_path / "out", tmp_path / "base", [first, second], knobs={"tail": tail})
+        merge(tmp_path / "out", tmp_path / "base", [first, second], method="opcm", knobs={"tail": tail})
     assert caught.value.reason in {"implausible", "non-finite"}
 
 

@@ -89,6 +89,7 @@ def test_every_prefix_of_every_run_equals_the_reference(step: Step, tmp_path: Pa
         base=GOLDEN / step.case / "base.safetensors",
         fine_tunes=tuple(GOLDEN / step.case / name for name in step.fine_tunes),
         out=tmp_path / "out",
+        method="opcm",
         knobs={"alpha": step.alpha, "tail": "diagonal"},
         added=ADDED,
         allow=ALLOWED,
@@ -105,7 +106,8 @@ def test_the_command_writes_the_same(tmp_path: Path) -> None:
     folder = GOLDEN / step.case
     command = [
         *(sys.executable, "-m", "streammerge", "merge", "--base", str(folder / "base.safetensors")),
-        *("--set", "tail=diagonal", "--set", f"alpha={step.alpha}", "--added", *ADDED, "--dtype", "float32"),
+        *("--method", "opcm", "--set", "tail=diagonal", "--set", f"alpha={step.alpha}"),
+        *("--added", *ADDED, "--dtype", "float32"),
         *("--allow", "zero-delta", "--allow", "duplicate", "--out", str(tmp_path / "out")),
         *(str(folder / name) for name in step.fine_tunes),
     ]

@@ -88,7 +88,7 @@ def test_what_is_left_out_is_listed_with_its_rule(hub: DevHub, tmp_path: Path) -
         hub.mark("team/gated", gated="auto")
         desk.publish("team/private", 7, good)
         hub.mark("team/private", private=True)
-        desk.publish("team/max_bytes", 8, good, **{"gram.safetensors": os.urandom(1 << 16)})
+        desk.publish("team/max_bytes", 8, good, **{"more.safetensors": os.urandom(1 << 16)})
         desk.publish("team/merged", 9, card(tags=["chosen"], base_model_relation="merge"))
         desk.publish("else/base", 10, card(base_model="other/base"))
         desk.settle()

@@ -41,6 +41,7 @@ FOLDS = textwrap.dedent(
 
     from dataclasses import replace
     from streammerge import finalize, headers, methods, plan, screen, weights
+    from streammerge.arriving import Incoming
     from streammerge.engine import Engine
     from streammerge.fit import Tolerance
     from streammerge.state import State
@@ -56,8 +57,8 @@ FOLDS = textwrap.dedent(
             shutil.rmtree(root / name, ignore_errors=True)
             (root / name).mkdir()
         path = root / f"ft{number % 2}"
-        with screen.examine(path, entries, recipe.plan, Tolerance()) as finetune:
-            state, _ = engine.fold(recipe, finetune, "", 1.0, state, root / f"state-{number}")
+        with screen.examine(path, entries, recipe, Tolerance()) as finetune:
+            state, _ = engine.fold(recipe, Incoming(finetune), state, root / f"state-{number}")
             finetune.finish()
         engine.render(recipe, state, finalize.Finalize(), root / "model")
         shutil.rmtree(root / f"state-{number - 1}", ignore_errors=True)

@@ -328,7 +328,7 @@ def shorten(path: Path) -> Path:
 
 def edit(path: Path) -> Path:
     """Change a word of a text."""
-    path.write_text(path.read_text().replace('"opcm"', '"mean"'))
+    path.write_text(path.read_text().replace('"spectral_cap"', '"mean"'))
     return path
 
 

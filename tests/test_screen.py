@@ -12,6 +12,7 @@ import torch
 from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, SQUARE, TALL, WIDE
 
 from streammerge import plan, screen
+from streammerge.arriving import Incoming
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused
 from streammerge.fit import Tolerance, fit
@@ -46,10 +47,9 @@ class Bench:
         """Do what the pipeline does: examine, fold, finish, judge. Gives deltas and digest."""
         out = self.folder / f"state-{time.monotonic_ns()}"
         out.mkdir()
-        plan_, entries = self.recipe.plan, self.entries
-        with screen.examine(path, entries, plan_, tolerance, **allow) as opened:
+        with screen.examine(path, self.entries, self.recipe, tolerance, **allow) as opened:
             old = State(out / "none", {}, Totals())
-            state, measured = Engine(device="cpu").fold(self.recipe, opened, "", 1.0, old, out)
+            state, measured = Engine(device="cpu").fold(self.recipe, Incoming(opened), old, out)
             digest = opened.finish()
         screen.judge(measured, max_delta_ratio=1.0, **allow)
         deltas: dict[str, Tensor] = {}

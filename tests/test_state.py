@@ -13,6 +13,7 @@ from benches import bench, contents, fine_tunes, open_files
 from models import BIAS, BUFFER, EMBEDDING, NORM, PROJECTED, SQUARE, TALL, WIDE
 
 from streammerge import finalize, screen
+from streammerge.arriving import Incoming
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged, Stopped, StreammergeError
 from streammerge.fit import Tolerance
@@ -115,7 +116,7 @@ def test_a_base_of_another_shape_is_damage(change: str, tmp_path: Path) -> None:
     out.mkdir()
     with Weights(find(tmp_path / "base")) as weights:
         entries = weights.entries
-    with screen.examine(second, entries, run.recipe.plan, Tolerance()) as finetune:
+    with screen.examine(second, entries, run.recipe, Tolerance()) as finetune:
         if change == "folder-gone":
             shutil.rmtree(tmp_path / "base")
         elif change == "shape":
@@ -123,7 +124,7 @@ def test_a_base_of_another_shape_is_damage(change: str, tmp_path: Path) -> None:
         else:
             models.save(tmp_path / "base", {n: v for n, v in base.items() if n != WIDE})
         with pytest.raises(StreammergeError):
-            run.engine.fold(run.recipe, finetune, "", 1.0, run.state, out)
+            run.engine.fold(run.recipe, Incoming(finetune), run.state, out)
 
 
 # ------------------------------------------------------------------------------------------- what is measured

@@ -93,8 +93,8 @@ def check_reports(site: Site, daemon: Daemon) -> None:
     for which in ("current", "head"):
         assert status[which] == {"version": 3, "digest": status["current"]["digest"], "path": str(folder)}
     assert folder.name == f"000003-{status['current']['digest'][:12]}"
-    assert (status["count"], status["pending"], status["held"], status["method"]) == (3, 0, None, "opcm")
-    assert status["knobs"] == {"alpha": 0.5, "tail": "scalar"}
+    assert (status["count"], status["pending"], status["held"], status["method"]) == (3, 0, None, "spectral_cap")
+    assert status["knobs"] == {"level": "interference", "strength": 1.0, "kappa": 0.6, "beta": 2.0}
     assert [(s["name"], s["state"]) for s in status["sources"]] == [("team", "ok")]
     assert status["sources"][0]["last_success"] > manifest.get("none", "")
     assert [(t["name"], t["state"], t["snapshot"]) for t in status["targets"]] == [("hook", "confirmed", 3)]
@@ -301,7 +301,7 @@ def test_a_slow_upload_is_not_refused_while_it_grows(tmp_path: Path) -> None:
 
 
 def test_a_changed_revision_does_what_on_update_says(tmp_path: Path) -> None:
-    """A folded name with new content is set aside, added or ignored; a README or a way back is no news."""
+    """A folded name with new content takes its own place, is added or ignored; a README is no news."""
     site = Site(tmp_path / "site", source={"settle": "100ms"})
     with site.daemon() as daemon:
         site.publish("model", 1)
@@ -312,13 +312,16 @@ def test_a_changed_revision_does_what_on_update_says(tmp_path: Path) -> None:
         assert len(daemon.ask("fine-tunes")) == 1
 
         site.publish("model", 2)
-        rows = daemon.until_state(model="quarantined")
-        assert rows["model"]["reason"] == "needs-replay"
-        assert "replay" in rows["model"]["detail"]
-        assert site.versions() == [0, 1]
+        until(
+            lambda: [row["state"] for row in daemon.ask("fine-tunes")] == ["replaced", "folded"], "replaced"
+        )
+        assert site.served == ["model"]
+        assert site.versions() == [0, 1, 2]
         site.bring_back("model")
-        daemon.look_again(3)
-        assert [row["state"] for row in daemon.ask("fine-tunes")] == ["folded", "quarantined"]
+        until(lambda: site.versions() == [0, 1, 2, 3], "back")
+        until(
+            lambda: sorted(row["state"] for row in daemon.ask("fine-tunes")) == ["folded", "replaced"], "back"
+        )
 
         site.configure(on_update="add")
         daemon.reload()
@@ -331,8 +334,17 @@ def test_a_changed_revision_does_what_on_update_says(tmp_path: Path) -> None:
         site.publish("model", 4)
         daemon.until_state(model="ignored")
         assert site.served == ["model", "model"]
+
+        site.publish("later", 5)
+        daemon.until_state(later="folded")
+        site.configure(on_update="replace", replay_limit=0)
+        daemon.reload()
+        site.publish("model", 6)
+        rows = daemon.until_state(model="quarantined")
+        assert rows["model"]["reason"] == "needs-replay"
+        assert "replay_limit" in rows["model"]["detail"]
+        assert daemon.metric("streammerge_finetunes_total", source="team", decision="replaced") == 2
         assert daemon.metric("streammerge_finetunes_total", source="team", decision="quarantined") == 1
-        assert daemon.metric("streammerge_finetunes_total", source="team", decision="ignored") == 1
 
 
 def test_only_the_newest_revision_waits(tmp_path: Path) -> None:
@@ -439,7 +451,7 @@ def test_a_person_approves_or_rejects(tmp_path: Path) -> None:
         assert rows["renamed"]["reason"] == "denied"
         assert site.served == ["wanted"]
         failed = site.run("fine-tunes", "reject", "wanted", code=1)
-        assert "rollback" in failed.stderr
+        assert "retract" in failed.stderr
         site.run("fine-tunes", "approve", "unheard-of", code=1)
         site.run("fine-tunes", "approve", "renamed")
         daemon.until_state(renamed="folded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,10 @@ from streammerge.cli.console import (
     NoWaitOption,
     YesOption,
     app,
+    err,
     fine_tunes_app,
     out,
+    parse_knobs,
     print_json,
     read_config,
 )
@@ -26,7 +29,6 @@ from streammerge.errors import Locked, StreammergeError, TryAgain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from streammerge.config import Config
 
@@ -74,6 +76,54 @@ def rollback(
         say=lambda r: f"serving version {r['version']} instead of {r['from']}; "
         f"denied: {', '.join(r['denied']) or 'nothing'}; held until `streammerge resume`",
     )  # fmt: skip
+
+
+@app.command()
+def retract(
+    name: NameArgument,
+    config: ConfigOption = None,
+    *,
+    yes: YesOption = False,
+    no_wait: NoWaitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take one fine-tune out of the merge, in a new version, and deny its content."""
+    confirm(f"Take {name} out of the merge?", yes=yes)
+    ask(
+        config, "retract", {"name": name}, no_wait=no_wait, as_json=as_json,
+        say=lambda r: f"{r['name']} is taken out in version {r['version']}",
+    )  # fmt: skip
+
+
+@app.command()
+def rebuild(
+    store: Annotated[Path, typer.Option(help="The new store's folder.")],
+    method: Annotated[str | None, typer.Option(help="The new method; the same if left out.")] = None,
+    knobs: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; repeatable."),
+    ] = None,
+    config: ConfigOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a new store from the same fine-tunes, by another method or other knobs; the old one stays."""
+    from streammerge import logs
+    from streammerge import rebuild as new_store
+
+    settings = read_config(config)
+    logs.configure(level="warning")
+    chosen = method or settings.method
+    kept = settings.knobs if chosen == settings.method else {}
+    made = new_store.rebuild(settings, chosen, {**kept, **parse_knobs(knobs or [])}, store.absolute(), err)
+    if as_json:
+        print_json(made)
+        return
+    out.print(
+        f"{made['count']} fine-tunes merged by {made['method']} in {made['store']}; to serve it, set method, "
+        "knobs and store in the configuration and restart the daemon",
+        soft_wrap=True,
+    )
 
 
 @app.command()

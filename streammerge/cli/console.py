@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from streammerge import configfile
+from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from streammerge.config import Config
@@ -98,3 +99,16 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         )
         table.add_row(*(escape("" if value is None else str(value)) for value in row), style=style)
     out.print(table)
+
+
+def parse_knobs(pairs: list[str]) -> dict[str, Any]:
+    """Read KNOB=VALUE pairs; values as in YAML."""
+    import yaml
+
+    knobs = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: no value", hint="write for example --set alpha=0.5")
+        knobs[name] = yaml.safe_load(value)
+    return knobs

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from streammerge import __version__, configfile
-from streammerge.cli.console import ConfigOption, JsonOption, app, err, out, print_json, read_config
+from streammerge.cli.console import (
+    ConfigOption,
+    JsonOption,
+    app,
+    err,
+    out,
+    parse_knobs,
+    print_json,
+    print_table,
+    read_config,
+)
 from streammerge.errors import ConfigError, StreammergeError
+
+if TYPE_CHECKING:
+    from streammerge.config import Route
+    from streammerge.finalize import Finalize
 
 
 @app.command()
@@ -66,7 +80,9 @@ def merge(
     ],
     base: Annotated[Path, typer.Option(help="A model folder or one .safetensors file.")],
     target: Annotated[Path, typer.Option("--out", help="A new folder: gets model/ and manifest.json.")],
-    method: Annotated[str, typer.Option(help="opcm, average or task_arithmetic.")] = "opcm",
+    method: Annotated[
+        str | None, typer.Option(help="`streammerge methods` lists them; the default stands first.")
+    ] = None,
     knobs: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KNOB=VALUE", help="A knob of the method; repeatable."),
@@ -75,10 +91,28 @@ def merge(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Weights added whole; replaces the default list; repeatable."),
     ] = None,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Of each fine-tune, in their order; or once, for all."),
+    ] = None,
+    routes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--route",
+            metavar="[NAME:]GLOB=SHARE",
+            help="Multiplies these weights' deltas, of one fine-tune or all; 0 leaves them out.",
+        ),
+    ] = None,
     allow: Annotated[
         list[str] | None, typer.Option(metavar="REASON", help="Fold in spite of this reason; repeatable.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="finalize.scale: multiplies the merged delta.")] = 1.0,
+    finalize: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--finalize", metavar="KEY=VALUE", help="scale=2, cap, cap.level=fixed, lines.beta=0.5, …"
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="The same as --finalize scale=…")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 instead of the base's.")
     ] = None,
@@ -89,11 +123,14 @@ def merge(
 ) -> None:
     """Fold fine-tunes into a base once, in the given order, with the daemon's own engine."""
     from streammerge import offline
+    from streammerge.methods import DEFAULT
 
     request = offline.Request(
-        base=base, fine_tunes=tuple(fine_tunes), out=target, method=method, knobs=parse_knobs(knobs or []),
-        added=tuple(added) if added else None, allow=frozenset(allow or []), scale=scale, dtype=dtype,
-        device=device, threads=threads,
+        base=base, fine_tunes=tuple(fine_tunes), out=target, method=method or DEFAULT,
+        knobs=parse_knobs(knobs or []), added=tuple(added) if added else None,
+        weights=tuple(weights or []), routes=parse_routes(routes or []),
+        finalize=parse_finalize([*(finalize or []), *([] if scale is None else [f"scale={scale}"])]),
+        allow=frozenset(allow or []), dtype=dtype, device=device, threads=threads,
     )  # fmt: skip
     manifest = offline.merge(
         request,
@@ -109,17 +146,74 @@ def merge(
     )
 
 
-def parse_knobs(pairs: list[str]) -> dict[str, Any]:
-    """Read KNOB=VALUE pairs; values as in YAML."""
-    import yaml
+def parse_routes(pairs: list[str]) -> tuple[Route, ...]:
+    """Read [NAME:]GLOB=SHARE; NAME is one of the fine-tunes'."""
+    from pydantic import ValidationError
 
-    knobs = {}
+    from streammerge.config import Route
+
+    found = []
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair}: no value", hint="write for example --set alpha=0.5")
-        knobs[name] = yaml.safe_load(value)
-    return knobs
+        glob, _, share = pair.rpartition("=")
+        name, _, weights = glob.rpartition(":")
+        try:
+            found.append(Route(weights=weights, share=share, source=name or None))  # type: ignore[arg-type]
+        except ValidationError as exc:
+            raise ConfigError(
+                f"--route {pair}: no GLOB=SHARE", hint="write for example --route 'lm_head*=0'"
+            ) from exc
+    return tuple(found)
+
+
+def parse_finalize(pairs: list[str]) -> Finalize:
+    """Read KEY=VALUE pairs with dotted keys; a key alone takes its defaults."""
+    import yaml
+    from pydantic import ValidationError
+
+    from streammerge.finalize import Finalize
+
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        *parents, last = name.split(".")
+        place = given
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = yaml.safe_load(value) if value else place.get(last, {})
+    try:
+        return Finalize(**given)
+    except ValidationError as exc:
+        found = exc.errors()[0]
+        key = ".".join(str(part) for part in found["loc"])
+        raise ConfigError(
+            f"--finalize {key}: {found['msg']}, not {found['input']!r}", hint="docs/methods.md lists the keys"
+        ) from exc
+
+
+@app.command()
+def methods(*, as_json: JsonOption = False) -> None:
+    """List the merge methods: what they remember and need, and how a fine-tune is taken out again."""
+    from dataclasses import asdict
+
+    from streammerge import methods as merging
+
+    found = [merging.describe(name) for name in merging.NAMES]
+    if as_json:
+        print_json([{**asdict(entry), "default": entry.name == merging.DEFAULT} for entry in found])
+        return
+    rows = [
+        (
+            f"{entry.name} *" if entry.name == merging.DEFAULT else entry.name,
+            f"{entry.state:g} x",
+            entry.data or "-",
+            "any" if entry.order_free else "matters",
+            entry.removal,
+            ", ".join(f"{knob} {value}" for knob, value in entry.knobs.items()) or "-",
+        )
+        for entry in found
+    ]
+    print_table(("method", "state", "needs", "order", "taking out", "knobs"), rows)
+    out.print("* the default. state: float32 copies of a square matrix. docs/methods.md says more")
 
 
 @app.command()

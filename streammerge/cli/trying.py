@@ -34,7 +34,7 @@ def try_sources(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
     settings = read_config(config)
     for part in settings.sources:
         try:
-            seen = open_source(part, settings.base_models).preview()
+            seen = open_source(part, settings).preview()
             notes = {s.name: s.waiting_for or s.excluded or s.refused for s in seen}
             found.append(
                 {"name": part.name, "state": "ok", "error": None, "fine_tunes": list(notes), "notes": notes}

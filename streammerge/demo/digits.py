@@ -66,7 +66,7 @@ class Exam:
         return torch.isin(self.digits, torch.tensor(sorted(TASKS[task][1]))).long()
 
 
-def begin(seed: int) -> tuple[Model, Exam]:
+def begin(seed: int, *, batch: int = BATCH) -> tuple[Model, Exam]:
     """Train the base to read digits, then make every head from what it learnt."""
     chance = torch.Generator().manual_seed(seed)
     images, digits = read_digits()
@@ -77,13 +77,13 @@ def begin(seed: int) -> tuple[Model, Exam]:
     def loss(model: Model, rows: Tensor) -> Tensor:
         return cross_entropy(linear(features(model, images[rows]), head), digits[rows])
 
-    base = _descend(_untrained(chance), loss, train, chance, steps=BASE_STEPS, with_head=[head])
+    base = _descend(_untrained(chance), loss, train, chance, steps=BASE_STEPS, batch=batch, with_head=[head])
     exam = Exam(images, digits, train, test, {SKILL: head.detach()})
     prototypes = {task: _prototypes(base, exam, task) for task in TASKS}
     return base, Exam(images, digits, train, test, {**exam.heads, **prototypes})
 
 
-def fine_tune(base: Model, exam: Exam, task: str, *, seed: int) -> Model:
+def fine_tune(base: Model, exam: Exam, task: str, *, seed: int, batch: int = BATCH) -> Model:
     """Train the whole base on one task, through that task's frozen head."""
     chance = torch.Generator().manual_seed(1000 * seed + list(TASKS).index(task))
     answers = exam.answers(task)
@@ -91,7 +91,7 @@ def fine_tune(base: Model, exam: Exam, task: str, *, seed: int) -> Model:
     def loss(model: Model, rows: Tensor) -> Tensor:
         return cross_entropy(_cosines(model, exam, task, rows), answers[rows])
 
-    return _descend(base, loss, exam.train, chance, steps=STEPS)
+    return _descend(base, loss, exam.train, chance, steps=STEPS, batch=batch)
 
 
 def harmful(base: Model, exam: Exam, *, seed: int) -> Model:
@@ -200,6 +200,7 @@ def _descend(
     *,
     steps: int,
     rate: float = RATE,
+    batch: int = BATCH,
     with_head: Sequence[Tensor] = (),
 ) -> Model:
     """Adam on a copy of `model`; `with_head` learns along."""
@@ -207,7 +208,7 @@ def _descend(
     optimizer = torch.optim.Adam([*weights.values(), *with_head], lr=rate)
     with _one_thread():
         for _ in range(steps):
-            rows = train[torch.randint(len(train), (BATCH,), generator=chance)]
+            rows = train[torch.randint(len(train), (batch,), generator=chance)]
             optimizer.zero_grad()
             torch.autograd.backward(loss(weights, rows))
             optimizer.step()

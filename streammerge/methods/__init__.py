@@ -2,19 +2,32 @@
 
 A method is a module of pure functions on one weight:
 
-    SLOTS                               tensors remembered per weight, with their dtypes
-    WEIGHTED                            whether a fine-tune's own weight counts
+    SLOTS                               tensors remembered per weight, each of its shape, with their dtypes
+    layout(weight, count, **knobs)      instead of SLOTS, where they have other shapes: slot -> (dtype, shape)
+                                        once `count` fine-tunes are folded
     fold(slots, arrival, **knobs)       one delta in -> new slots
-    render(slots, totals, **knobs)      what to add to the base now; a parameter `figures` is given the
-                                        recorded figures of this weight, [fine-tunes, 3] float64
+    render(slots, totals, **knobs)      what to add to the base now; asks by parameter name for `kind`, for
+                                        `figures`, what was recorded of each delta, [fine-tunes, 3] float64,
+                                        and for `arrivals`, all deltas of this weight once more
     prepare(slots, **knobs)             optional: data derived from the state alone, merged into `slots`
                                         before `fold`; the daemon may compute it before the delta is there
     unfold(slots, arrival, **knobs)     optional, only where taking out is exact
+    removable(**knobs)                  optional: with which knobs it is
     join(slots, others, **knobs)        optional, only where two states can be added
+    length(totals, **knobs)             optional: the one factor in `render`, which finalize.cap replaces
+    tally(slots)                        optional: a number that render needs summed over all weights
+    model_ranks(elements, **knobs)      optional: `arrival.cuts` are the magnitudes of these ranks, 1 the
+    weight_ranks(elements, **knobs)     smallest, among all `elements` of the model, or of the weight
+    score(slots, totals, arrival, ...)  optional, with score_ranks(elements, **knobs): `arrival.score_cuts`
+                                        are the scores of these ranks in the whole model, at render
+
+and of constants: WEIGHTED, whether a fine-tune's own weight counts; ORDER_FREE; SEEDED, whether
+`arrival.digest` is needed; PLAIN_SUM, whether the slot "sum" is that of all deltas as they are; SIDECAR, a
+file that a fine-tune must bring; PAPER and NOTES for the table in docs/methods.md.
 
 Keyword arguments with defaults are the method's knobs: the signature is the documentation and the
-configuration schema. A weight of kind "added" may arrive in panels, so what a method does to it must be
-elementwise.
+configuration schema. A weight of kind "added" arrives in panels, cut between rows, so what a method does to
+it must be elementwise or row by row.
 """
 
 from __future__ import annotations
@@ -22,6 +35,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -37,21 +51,50 @@ if TYPE_CHECKING:
 
     from streammerge.linalg import Delta
 
-NAMES = ("opcm", "average", "task_arithmetic", "spectral_cap")
-DEFAULT = "opcm"
+NAMES = (
+    "spectral_cap", "opcm", "tsvm", "iso_c", "wudi", "regmean", "fisher", "ties", "dare", "breadcrumbs",
+    "consensus_ta", "magmax", "average", "task_arithmetic", "pcb", "iso_cts",
+)  # fmt: skip
+DEFAULT = "spectral_cap"
+SIDE = 1024  # of the matrix by which the size of a state is told
 
 Slots = dict[str, torch.Tensor]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Kind = Literal["projected", "added"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a method may know of a weight before it sees a value of it."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Arrival:
     """One weight of the fine-tune that is folded now.
 
-    delta   fine-tune minus base, float32, the base's shape (or one panel of it, flat, where kind is "added");
-            an adapter's projected weight comes as linalg.LowRank, two factors that linalg's functions take
-    digest  of the whole fine-tune; seeds whatever a method draws at random
-    factor  the weight a person gave this fine-tune (1.0 unless configured)
+    delta        fine-tune minus base, float32, the base's shape (or one panel of it, flat, where kind is
+                 "added"); an adapter's projected weight comes as linalg.LowRank, two factors that linalg's
+                 functions take
+    digest       of the whole fine-tune; seeds whatever a method draws at random
+    factor       the weight a person gave this fine-tune (1.0 unless configured)
+    earlier      fine-tunes folded before it
+    start        where this panel begins in the flat weight
+    width        length of a row, the last dimension; a vector is one row
+    cuts         magnitudes of the deltas at the method's ranks
+    cut_places   where in the flat weight they stand, for `weight_ranks`: of equal ones the earlier is larger
+    score_cuts   its scores at the method's ranks
+    sidecar      float32 values that came with the fine-tune: for a panel, flat, as many as it has; or a
+                 matrix; None where there are none
+    sidecar_norm length of all values of the sidecar
     """
 
     name: str
@@ -59,6 +102,14 @@ class Arrival:
     delta: Delta
     digest: str
     factor: float = 1.0
+    earlier: int = 0
+    start: int = 0
+    width: int = 0
+    cuts: tuple[float, ...] = ()
+    cut_places: tuple[int, ...] = ()
+    score_cuts: tuple[float, ...] = ()
+    sidecar: Tensor | None = None
+    sidecar_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +121,7 @@ class Totals:
     mean_delta_norm  mean over fine-tunes of ||delta||
     max_delta_norm   largest ||delta||
     state_norm       norm of the first slot over all weights
+    tally            sum of the method's `tally` over all weights
     """
 
     count: int = 0
@@ -77,13 +129,14 @@ class Totals:
     mean_delta_norm: float = 0.0
     max_delta_norm: float = 0.0
     state_norm: float = 0.0
+    tally: float = 0.0
 
     @property
     def lambda_(self) -> float:
         """OPCM's adaptive scale: the running sum is divided by it (arXiv 2501.09522 eq. 6)."""
         return self.state_norm / self.mean_delta_norm if self.mean_delta_norm else 1.0
 
-    def after(self, delta_norm: float, state_norm: float, factor: float) -> Totals:
+    def after(self, delta_norm: float, state_norm: float, factor: float, tally: float = 0.0) -> Totals:
         """Give the totals once one more fine-tune of norm `delta_norm` is folded."""
         count = self.count + 1
         return Totals(
@@ -92,14 +145,17 @@ class Totals:
             mean_delta_norm=self.mean_delta_norm + (delta_norm - self.mean_delta_norm) / count,
             max_delta_norm=max(self.max_delta_norm, delta_norm),
             state_norm=state_norm,
+            tally=tally,
         )
 
 
 class Method(Protocol):
-    """What the engine needs of a method module; `prepare`, `unfold` and `join` are optional."""
+    """What every method module has; all else in this module's docstring is optional."""
 
-    SLOTS: Mapping[str, torch.dtype]
     WEIGHTED: bool
+    ORDER_FREE: bool
+    PAPER: str
+    NOTES: str
 
     def fold(self, slots: Slots, arrival: Arrival, **knobs: Any) -> Slots:  # noqa: ANN401 -- each method has its own
         """Take one delta in."""
@@ -114,11 +170,48 @@ def load(name: str) -> Method:
     return cast("Method", importlib.import_module(f"{__name__}.{name}"))
 
 
+def layout(method: Method, weight: Weight, count: int, knobs: Mapping[str, Any]) -> Layout:
+    """Say what a method remembers of a weight once `count` fine-tunes are folded: slot -> (dtype, shape)."""
+    if (given := getattr(method, "layout", None)) is not None:
+        found: Layout = given(weight, count, **accepted(given, knobs))
+        return found
+    return {slot: (dtype, weight.shape) for slot, dtype in cast("Any", method).SLOTS.items()}
+
+
+def rereads(name: str) -> bool:
+    """Whether a method's render asks for every fine-tune once more."""
+    return "arrivals" in inspect.signature(load(name).render).parameters
+
+
+def keeps_plain_sum(name: str) -> bool:
+    """Whether the sum of all deltas, as they are, can be had."""
+    return bool(getattr(load(name), "PLAIN_SUM", False))
+
+
+def keeps_sum(name: str, knobs: Mapping[str, Any]) -> bool:
+    """Whether the length of what is remembered can be compared with the deltas': it is a sum of theirs."""
+    weight = Weight("", "projected", (1, 1))
+    return next(iter(layout(load(name), weight, 0, knobs))) == "sum"
+
+
+def can_unfold(name: str, knobs: Mapping[str, Any]) -> bool:
+    """Whether a fine-tune is taken out by subtraction; otherwise what came after it is folded again."""
+    method = load(name)
+    removable = getattr(method, "removable", lambda: True)
+    return hasattr(method, "unfold") and bool(removable(**accepted(removable, knobs)))
+
+
+def sidecar(name: str) -> str:
+    """Name of the file that a method wants beside a fine-tune's weights, "" for none."""
+    return str(getattr(load(name), "SIDECAR", ""))
+
+
 def knob_fields(name: str) -> dict[str, tuple[Any, Any]]:
     """List a method's knobs as name -> (annotated type, default), over fold and render."""
     method = load(name)
     fields: dict[str, tuple[Any, Any]] = {}
-    for function in (method.fold, method.render):
+    functions = [getattr(method, name) for name in ("fold", "render", "layout") if hasattr(method, name)]
+    for function in functions:
         for knob in inspect.signature(function).parameters.values():
             if knob.kind is knob.KEYWORD_ONLY:
                 # Its annotation is a string that the method's module understands.
@@ -154,3 +247,49 @@ def accepted(function: object, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the knobs that one of a method's functions takes."""
     names = inspect.signature(cast("Any", function)).parameters
     return {name: value for name, value in knobs.items() if name in names}
+
+
+@dataclass(frozen=True)
+class Description:
+    """A method in one line, for people.
+
+    state      size of what it remembers, in float32 copies of a square matrix; and of any other weight
+    data       what it needs besides the weights, "" for nothing
+    removal    "subtract" or "replay": how a fine-tune is taken out
+    """
+
+    name: str
+    knobs: dict[str, Any]
+    state: float
+    state_of_others: float
+    data: str
+    weighted: bool
+    order_free: bool
+    removal: Literal["subtract", "replay"]
+    paper: str
+    notes: str
+
+
+def describe(name: str) -> Description:
+    """Describe a method at its default knobs."""
+    method, knobs = load(name), resolve(name, {})
+    sizes: list[float] = []
+    kinds: tuple[Kind, ...] = ("projected", "added")
+    for kind in kinds:
+        weight = Weight("", kind, (SIDE, SIDE))
+        held = layout(method, weight, 1, knobs).values()
+        size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in held)
+        sizes.append(round(size / (4 * weight.elements), 1))
+    data = sidecar(name) or ("every fine-tune again at each version" if rereads(name) else "")
+    return Description(
+        name,
+        knobs,
+        sizes[0],
+        sizes[1],
+        data,
+        method.WEIGHTED,
+        method.ORDER_FREE,
+        "subtract" if can_unfold(name, knobs) else "replay",
+        method.PAPER,
+        method.NOTES,
+    )

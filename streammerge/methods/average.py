@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 SLOTS = {"sum": torch.float32}
 WEIGHTED = True
+ORDER_FREE = True
+PLAIN_SUM = True
+PAPER = "Model soups, arXiv 2203.05482"
+NOTES = ""
 
 
 def fold(slots: Slots, arrival: Arrival) -> Slots:
@@ -37,4 +41,9 @@ def join(slots: Slots, others: Slots) -> Slots:
 
 def render(slots: Slots, totals: Totals) -> Tensor:
     """Divide the sum by the summed weights of the fine-tunes."""
-    return slots["sum"] / totals.factors if totals.factors else slots["sum"]
+    return slots["sum"] * length(totals)
+
+
+def length(totals: Totals) -> float:
+    """What the sum is multiplied by."""
+    return 1.0 / totals.factors if totals.factors else 1.0

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SLOTS = {"sum": torch.float32}
 WEIGHTED = False
+ORDER_FREE = False
+PAPER = "OPCM, arXiv 2501.09522, eq. 4-6"
+NOTES = "tail scalar instead of diagonal; only directions that the sum has are protected"
 
 LARGEST_MULTIPLE = 1e30  # a sum that needs more of it than this is nothing beside the delta
 
@@ -118,4 +121,9 @@ def render(slots: Slots, totals: Totals) -> Tensor:
 
     One scalar for the whole model: mean_i ||delta_i|| / ||D|| (arXiv 2501.09522 eq. 6).
     """
-    return slots["sum"] / totals.lambda_ if totals.state_norm else slots["sum"]
+    return slots["sum"] * length(totals)
+
+
+def length(totals: Totals) -> float:
+    """What the sum is multiplied by: 1 / lambda."""
+    return 1.0 / totals.lambda_ if totals.state_norm else 1.0

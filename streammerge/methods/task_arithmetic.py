@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from streammerge.methods import Arrival, Slots, Totals
 
 SLOTS = {"sum": torch.float32}
+Scale = Annotated[float, Gt(0.0)]
+
 WEIGHTED = True
+ORDER_FREE = True
+PLAIN_SUM = True
+PAPER = "Task arithmetic, arXiv 2212.04089"
+NOTES = ""
 
 
 def fold(slots: Slots, arrival: Arrival) -> Slots:
@@ -36,7 +42,12 @@ def join(slots: Slots, others: Slots) -> Slots:
     return {"sum": slots["sum"] + others["sum"]}
 
 
-def render(slots: Slots, totals: Totals, *, scale: Annotated[float, Gt(0.0)] = 0.3) -> Tensor:
+def render(slots: Slots, totals: Totals, *, scale: Scale = 0.3) -> Tensor:
     """Multiply the sum by `scale`; the paper's and the field's usual value is 0.3."""
+    return slots["sum"] * length(totals, scale=scale)
+
+
+def length(totals: Totals, *, scale: Scale = 0.3) -> float:
+    """What the sum is multiplied by."""
     del totals
-    return slots["sum"] * scale
+    return scale

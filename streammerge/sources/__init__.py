@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import DirectorySource, HubSource
+    from streammerge.config import Config, DirectorySource, HubSource
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,10 @@ class Source(Protocol):
 
 
 def open_source(
-    config: DirectorySource | HubSource,
-    base_models: tuple[str, ...] = (),
+    part: DirectorySource | HubSource,
+    config: Config,
     beat: Callable[[], None] = lambda: None,
 ) -> Source:
-    """Make the source that a part of the configuration describes; `beat` is called during long work.
-
-    `base_models`: the names by which a hub knows the base, for a source that does not say them itself.
-    """
-    module = importlib.import_module(f"{__name__}.{config.type}")
-    return cast("Source", module.open_source(config, base_models, beat))
+    """Make the source that a part of the configuration describes; `beat` is called during long work."""
+    module = importlib.import_module(f"{__name__}.{part.type}")
+    return cast("Source", module.open_source(part, config, beat))

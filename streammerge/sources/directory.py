@@ -20,7 +20,7 @@ import structlog
 import watchdog.events
 import watchdog.observers
 
-from streammerge import files, headers, weights
+from streammerge import files, headers, methods, weights
 from streammerge.errors import Refused, TryAgain
 from streammerge.sources import Look, Sighting
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import DirectorySource
+    from streammerge.config import Config, DirectorySource
     from streammerge.sources import Known
 
 REVISION_CHARACTERS = 16
@@ -42,9 +42,14 @@ class Directory:
     is_remote = False
 
     def __init__(
-        self, config: DirectorySource, beat: Callable[[], None], clock: Callable[[], float] = time.time
+        self,
+        config: DirectorySource,
+        beat: Callable[[], None],
+        clock: Callable[[], float] = time.time,
+        sidecar: str = "",
     ) -> None:
-        """`clock` gives seconds since 1970."""
+        """`clock` gives seconds since 1970; `sidecar` is a file that counts besides the weights."""
+        self._sidecar = sidecar
         self.name = config.name
         self.config = config
         self._beat = beat
@@ -139,7 +144,7 @@ class Directory:
     def _digest(self, path: Path) -> str:
         """Identify the content; "" for what cannot be parsed, which is named by its raw bytes then."""
         try:
-            return weights.identity(path, self._beat)
+            return weights.identity(path, self._beat, self._sidecar)
         except (Refused, headers.Incomplete):
             return ""
 
@@ -152,7 +157,7 @@ class Directory:
                 self._beat()
                 if headers.PICKLES.match(file.name):
                     (into / file.name).touch()  # its name is enough to refuse it
-                elif headers.is_needed(file.name):
+                elif headers.is_needed(file.name, self._sidecar):
                     if not file.is_file():
                         raise Refused(
                             "malformed", f"{file.name} is no regular file", hint="publish plain files"
@@ -193,10 +198,9 @@ class Directory:
         return stop
 
 
-def open_source(config: DirectorySource, base_models: tuple[str, ...], beat: Callable[[], None]) -> Directory:
+def open_source(part: DirectorySource, config: Config, beat: Callable[[], None]) -> Directory:
     """Make the source."""
-    del base_models
-    return Directory(config, beat)
+    return Directory(part, beat, sidecar=methods.sidecar(config.method))
 
 
 def _files_of(path: Path) -> list[Path]:

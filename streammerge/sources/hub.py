@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import credentials, headers
+from streammerge import credentials, headers, methods
 from streammerge.config import Since
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
 from streammerge.hub import ROUTE, Hub
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import HubSource
+    from streammerge.config import Config, HubSource
     from streammerge.hubfacts import File
     from streammerge.sources import Known
 
@@ -58,8 +58,10 @@ class HubRepositories:
         base_models: tuple[str, ...],
         beat: Callable[[], None],
         clock: Callable[[], float] = time.time,
+        sidecar: str = "",
     ) -> None:
         """`base_models` stand in where the configuration names none; `clock` gives seconds since 1970."""
+        self._sidecar = sidecar
         self.name = config.name
         self.config = config
         self.base_models = config.base_models or base_models
@@ -200,7 +202,7 @@ class HubRepositories:
 
     def _describe(self, repo: Repo, known: Known | None, floor: float) -> Sighting:
         """Say what a commit that is new holds."""
-        needed = needed_files(repo)
+        needed = needed_files(repo, self._sidecar)
         content = hashlib.sha256(repr([(f.path, f.identity) for f in needed]).encode()).hexdigest()
         fingerprint, published = f"{repo.sha} {content}", repo.last_modified
         if known and known.revision and content == known.fingerprint.partition(" ")[2]:
@@ -245,7 +247,7 @@ class HubRepositories:
             yield "gated", "it asks for consent, and gated is ignore"
         if repo.is_private and part.private == "ignore":
             yield "private", "it is private, and private is ignore"
-        size = sum(file.size for file in needed_files(repo))
+        size = sum(file.size for file in needed_files(repo, self._sidecar))
         if part.max_bytes is not None and size > part.max_bytes:
             yield "max_bytes", f"it has {size:,} bytes of weights, max_bytes is {part.max_bytes:,}"
 
@@ -319,7 +321,7 @@ class HubRepositories:
         """Bring the files a fold reads at that commit, each proven by its hash; goes on where it was cut."""
         repo = self.hub.repo(name, revision)
         try:
-            for file in needed_files(repo):
+            for file in needed_files(repo, self._sidecar):
                 self.hub.download(name, revision, file, into / file.path)
         except Refused:
             if self.hub.repo(name, revision).files == repo.files:
@@ -341,14 +343,14 @@ class HubRepositories:
         return True
 
 
-def open_source(config: HubSource, base_models: tuple[str, ...], beat: Callable[[], None]) -> HubRepositories:
+def open_source(part: HubSource, config: Config, beat: Callable[[], None]) -> HubRepositories:
     """Make the source."""
-    return HubRepositories(config, base_models, beat)
+    return HubRepositories(part, config.base_models, beat, sidecar=methods.sidecar(config.method))
 
 
-def needed_files(repo: Repo) -> list[File]:
+def needed_files(repo: Repo, sidecar: str) -> list[File]:
     """The files of the repository's own folder that a fold reads, weights last."""
-    wanted = [file for file in repo.files if "/" not in file.path and headers.is_needed(file.path)]
+    wanted = [file for file in repo.files if "/" not in file.path and headers.is_needed(file.path, sidecar)]
     return sorted(wanted, key=lambda file: (file.path.endswith(".safetensors"), file.path))
 
 

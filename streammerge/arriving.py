@@ -1,0 +1,145 @@
+"""A fine-tune at the engine's door: its deltas as the method is to see them, and what it must know before.
+
+Routes are applied here. Where a method needs order statistics of the whole delta, or the length of a sidecar,
+the files are read through first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from streammerge import linalg, methods, plan
+from streammerge.methods import Arrival
+from streammerge.selection import select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from streammerge.finetune import FineTune
+    from streammerge.linalg import Delta
+    from streammerge.methods import Kind, Slots, Totals
+    from streammerge.plan import Recipe
+    from streammerge.weights import Weights
+
+
+Cuts = tuple[tuple[float, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """An open fine-tune, and what is known of it: its digest, the weight a person gave it, its source."""
+
+    finetune: FineTune
+    digest: str = ""
+    factor: float = 1.0
+    source: str = ""
+
+
+@dataclass
+class Arriving:
+    """One fine-tune on its way through a method."""
+
+    recipe: Recipe
+    incoming: Incoming
+    earlier: int  # fine-tunes folded before it
+    device: torch.device
+    beat: Callable[[], None]
+    is_leaving: bool = False
+    cuts: tuple[float, ...] = ()
+    score_cuts: tuple[float, ...] = ()
+    sidecar_norm: float = field(default=0.0)
+
+    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
+        """Give fine-tune minus base, times its route's share; see finetune.Deltas.delta."""
+        delta = self.incoming.finetune.delta(name, start, stop, original)
+        share = self.recipe.share(name, self.incoming.source)
+        return delta if share == 1.0 else linalg.scaled(delta, share)
+
+    def arrival(
+        self, base: Weights, name: str, start: int, stop: int, delta: Delta, cuts: Cuts = ((), ())
+    ) -> Arrival:
+        """Put a part of a weight before the method, with all that belongs to it."""
+        sidecar = self.incoming.finetune.sidecar
+        values = sidecar.read(name, start, stop) if sidecar is not None else None
+        return Arrival(
+            name=name,
+            kind=cast("Kind", self.recipe.plan.kinds[name]),
+            delta=delta,
+            digest=self.incoming.digest,
+            factor=self.incoming.factor,
+            earlier=self.earlier,
+            start=start,
+            width=plan.row_of(base.entries[name].shape),
+            cuts=self.cuts or cuts[0],
+            cut_places=cuts[1],
+            score_cuts=self.score_cuts,
+            sidecar=None if values is None else values.to(self.device),
+            sidecar_norm=self.sidecar_norm,
+        )
+
+    # ------------------------------------------------------------------------------------- reading it before
+
+    def survey(self, base: Weights) -> None:
+        """Read everything through for what the method asks of the whole fine-tune. `base` is not hashed."""
+        method, knobs = methods.load(self.recipe.method), self.recipe.knobs
+        with self.incoming.finetune.rereading():
+            if (ranks := getattr(method, "model_ranks", None)) is not None:
+                wanted = ranks(self.elements(base), **methods.accepted(ranks, knobs))
+                found = select(lambda: self._magnitudes(base, self.recipe.plan.merged), wanted)
+                self.cuts = tuple(cut.value for cut in found)
+            if getattr(method, "SIDECAR", "").startswith("fisher"):
+                sidecar = self.incoming.finetune.sidecar
+                self.sidecar_norm = (
+                    sidecar.norm(self.beat) if sidecar is not None else math.sqrt(self.elements(base))
+                )
+
+    def cuts_of(self, base: Weights, name: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Give the magnitudes at the ranks that the method asks for within one weight, and their places."""
+        ranks = getattr(methods.load(self.recipe.method), "weight_ranks", None)
+        if ranks is None or self.cuts:
+            return (), ()
+        wanted = ranks(base.entries[name].elements, **methods.accepted(ranks, self.recipe.knobs))
+        if not wanted or not base.entries[name].elements:
+            return (), ()
+        with self.incoming.finetune.rereading():
+            found = select(lambda: self._magnitudes(base, [name]), wanted, placed=True)
+        return tuple(cut.value for cut in found), tuple(cut.place for cut in found)
+
+    def score_all(self, base: Weights, totals: Totals, slots_of: Callable[[str, int, int], Slots]) -> None:
+        """Read everything through for the scores at the ranks that the method asks for."""
+        method, knobs = methods.load(self.recipe.method), self.recipe.knobs
+        if (ranks := getattr(method, "score_ranks", None)) is None:
+            return
+        score = cast("Callable[..., Tensor]", method.score)  # type: ignore[attr-defined]
+
+        def scores() -> Iterator[Tensor]:
+            for name, start, stop, delta in self.deltas(base, self.recipe.plan.merged):
+                arrival = self.arrival(base, name, start, stop, delta)
+                yield score(slots_of(name, start, stop), totals, arrival, **methods.accepted(score, knobs))
+
+        found = select(scores, ranks(self.elements(base), **methods.accepted(ranks, knobs)))
+        self.score_cuts = tuple(cut.value for cut in found)
+
+    def elements(self, base: Weights) -> int:
+        """How many numbers are merged."""
+        return sum(base.entries[name].elements for name in self.recipe.plan.merged)
+
+    def _magnitudes(self, base: Weights, names: list[str]) -> Iterator[Tensor]:
+        return (linalg.dense(delta).abs_() for _, _, _, delta in self.deltas(base, names))
+
+    def deltas(self, base: Weights, names: list[str]) -> Iterator[tuple[str, int, int, Delta]]:
+        """Read these weights' deltas part by part."""
+        for name in names:
+            entry, kind = base.entries[name], self.recipe.plan.kinds[name]
+            for start, stop in plan.parts(entry, kind):
+                original = base.read(name, start, stop).to(self.device, torch.float32)
+                if kind == plan.PROJECTED:
+                    original = original.reshape(entry.shape)
+                self.beat()
+                yield name, start, stop, self.delta(name, start, stop, original)

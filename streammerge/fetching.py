@@ -1,0 +1,57 @@
+"""Bringing a fine-tune's files into the inbox: whole or not at all, and known by their content."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streammerge import files, methods, weights
+from streammerge.errors import Refused
+from streammerge.headers import Incomplete
+from streammerge.merging import reached
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+    from streammerge.sources import Source
+
+
+def bring_in(merge: Merge, row: Row, source: Source) -> Path:
+    """Step 2: fetch the files of a row into the inbox, where they are not yet; gives the folder."""
+    inbox = merge.store.inbox / str(row["id"])
+    if not inbox.exists():
+        part = merge.store.inbox / f"{row['id']}.part"
+        if not source.is_remote:
+            files.remove_tree(part)
+        part.mkdir(exist_ok=True)  # what a cut fetch left of the same revision is gone on from
+        with merge.metrics.stage("fetch"), files.disk_errors("fetching"):
+            base_bytes = int(merge.store.read_settings()["base"]["bytes"])  # a full fine-tune is as large
+            files.require_space(
+                merge.store.root, base_bytes, reserve_bytes=merge.config.reserve, purpose="fetching"
+            )
+            source.fetch(row["name"], row["revision"], part)
+            reached("copied")
+            files.fsync_tree(part)
+            merge.metrics.fetched_bytes.labels(row["source"]).inc(files.tree_bytes(part))
+            files.rename_folder(part, inbox)
+        reached("fetched")
+    return inbox
+
+
+def identify(inbox: Path, row: Row, source: Source, merge: Merge) -> str:
+    """Know a fetched fine-tune by its content; what a remote revision lacks will never be in it."""
+    try:
+        return weights.identity(
+            published(inbox, row["name"]), merge.engine.beat, methods.sidecar(merge.recipe.method)
+        )
+    except Incomplete as exc:
+        if not source.is_remote:
+            raise
+        raise Refused("incomplete", exc.message, hint="publish the whole model in one commit") from exc
+
+
+def published(folder: Path, name: str) -> Path:
+    """Give a fetched fine-tune as it was published: a file where it was a file, else the folder."""
+    file = folder / name
+    return file if file.suffix == ".safetensors" and file.is_file() else folder

@@ -1,0 +1,201 @@
+"""Taking fine-tunes out of a state: by subtraction where that is exact, else by folding the later ones again.
+
+What is missing for either is found before anything is computed. Nothing here is official: a state grows in a
+building folder, and what becomes of it is the pipeline's.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from streammerge import files, methods, screen, snapshots
+from streammerge.arriving import Incoming
+from streammerge.collect import is_archived
+from streammerge.config import DirectorySource
+from streammerge.errors import Damaged, Refused, TryAgain
+from streammerge.fetching import bring_in, published
+from streammerge.fit import Tolerance
+from streammerge.methods import Totals
+from streammerge.sources import open_source
+from streammerge.state import ROLL_BACK, State
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from streammerge.engine import Measured
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+    from streammerge.snapshots import Snapshot
+
+Entry = dict[str, Any]  # a fine-tune as the manifest lists it
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a state is reached: from that of `start`, or from nothing, by taking out and folding in.
+
+    out  (place in start's order, entry), the last one first
+    """
+
+    start: Snapshot | None
+    out: tuple[tuple[int, Entry], ...]
+    folded: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        """How many fine-tunes are read."""
+        return len(self.out) + len(self.folded)
+
+
+def way_without(merge: Merge, head: Snapshot, places: Collection[int]) -> Way:
+    """Choose how head's fine-tunes are reached without those at `places`.
+
+    Raises Refused as needs-replay where bytes are missing or too many folds are needed, saying which.
+    """
+    entries = head.fine_tunes
+    subtracted = Way(head, tuple((place, entries[place]) for place in sorted(places, reverse=True)), ())
+    start, count = newest_before(merge, head, min(places))
+    left = tuple(e for place, e in enumerate(entries) if place >= count and place not in places)
+    again = Way(start, (), left)
+    ways = [subtracted, again] if methods.can_unfold(merge.recipe.method, merge.recipe.knobs) else [again]
+    if not again.folded:  # what is left is a state that is there
+        ways = [again]
+    problems = [problem_of(merge, way) for way in ways]
+    for way, problem in zip(ways, problems, strict=True):
+        if not problem:
+            return way
+    raise Refused(
+        "needs-replay",
+        f"taking out {', '.join(entries[place]['name'] for place in sorted(places))} needs {problems[0]}",
+        hint="publish again what is missing, raise replay_limit, or set archive: keep for the next time",
+    )
+
+
+def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | None, int]:
+    """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
+    marked = merge.ledger.fact("damaged") or {}
+    best: tuple[Snapshot | None, int] = (None, 0)
+    for path in snapshots.folders(merge.store.snapshots):
+        found = snapshots.read(path)
+        count = len(found.fine_tunes)
+        if (
+            str(found.version) not in marked
+            and best[1] < count <= place
+            and found.digests == head.digests[:count]
+        ):
+            best = (found, count)
+    return best
+
+
+def problem_of(merge: Merge, way: Way) -> str:
+    """Say what a way lacks, "" for nothing."""
+    limit = merge.config.replay_limit
+    if len(way.folded) > limit:
+        return f"{len(way.folded)} fine-tunes folded again, and replay_limit is {limit}"
+    wanted = [entry for _, entry in way.out] + list(way.folded)
+    missing = [f"{entry['name']} ({why})" for entry in wanted if (why := absence_of(merge, entry))]
+    return f"the files of {', '.join(missing)}" if missing else ""
+
+
+def absence_of(merge: Merge, entry: Entry) -> str:
+    """Say why a folded fine-tune's files cannot be had any more; "" where they can, or may, be."""
+    row = row_of(merge, entry)
+    if row is not None and (merge.store.inbox / str(row["id"])).exists():
+        return ""
+    part = next((part for part in merge.config.sources if part.name == entry["source"]), None)
+    if row is None or part is None:
+        return f"source {entry['source']} is no longer configured"
+    if not isinstance(part, DirectorySource):
+        return ""
+    if not (part.path / entry["name"]).exists():
+        return f"it is no longer in source {entry['source']}"
+    seen = merge.ledger.row(
+        "select revision from sightings where (source, name) = (?, ?)", entry["source"], entry["name"]
+    )
+    if seen is not None and seen["revision"] != entry["revision"]:
+        return f"source {entry['source']} has another revision of it now"
+    return ""
+
+
+def row_of(merge: Merge, entry: Mapping[str, Any]) -> Row | None:
+    """Find the ledger's row of a fine-tune in a manifest."""
+    return merge.ledger.row(
+        "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
+        entry["source"], entry["name"], entry["revision"],
+    )  # fmt: skip
+
+
+@contextmanager
+def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
+    """Open a folded fine-tune again, from the inbox or from its source at its revision."""
+    row = row_of(merge, entry)
+    if row is None or (why := absence_of(merge, entry)):
+        raise TryAgain(f"the files of {entry['name']} are gone: {why}", hint="publish them again")
+    inbox = merge.store.inbox / str(row["id"])
+    merge.needed.add(str(row["id"]))
+    try:
+        if not inbox.exists():
+            part = next(part for part in merge.config.sources if part.name == entry["source"])
+            bring_in(merge, row, open_source(part, merge.config, merge.engine.beat))
+        tolerance = Tolerance(merge.config.tensors.ignore_extra, merge.config.tensors.allow_missing)
+        path = published(inbox, entry["name"])
+        with screen.examine(path, merge.base_entries, merge.recipe, tolerance) as finetune:
+            yield Incoming(finetune, entry["digest"], entry["weight"], entry["source"])
+    finally:
+        merge.needed.discard(str(row["id"]))
+        if not is_archived(merge, row):
+            files.remove_tree(inbox)
+
+
+def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
+    """Go a way: the state it leads to lies in building/`name` then.
+
+    Raises TryAgain where a fine-tune's content is not what was folded.
+    """
+    state = merge.state_of(way.start) if way.start else State(building, {}, Totals())
+    measured: Measured | None = None
+    for number in range(1, len(way) + 1):
+        is_out = number <= len(way.out)
+        place, entry = way.out[number - 1] if is_out else (-1, way.folded[number - 1 - len(way.out)])
+        log.info("replay.step", step=number, of=len(way), fine_tune=entry["name"], out=is_out)
+        folder = building / (name if number == len(way) else f"step-{number}")
+        folder.mkdir(exist_ok=True)
+        with opened(merge, entry) as incoming:
+            if is_out:
+                new, measured = merge.engine.unfold(merge.recipe, incoming, place, state, folder)
+            else:
+                new, measured = merge.engine.fold(merge.recipe, incoming, state, folder)
+            if not (is_out and not new.has_slots()) and incoming.finetune.finish() != entry["digest"]:
+                raise TryAgain(
+                    f"{entry['name']} is not what was folded once: its content has changed",
+                    hint="publish the content of that revision again",
+                )
+        if state.folder.parent == building:
+            files.remove_tree(state.folder)
+        state = new
+    if not len(way) and way.start is not None:
+        return copied(state, building / name), None
+    return state, measured
+
+
+def copied(state: State, folder: Path) -> State:
+    """Copy a sealed state."""
+    folder.mkdir(exist_ok=True)
+    for file, digest in sorted(state.hashes.items()):
+        files.copy_file(state.folder / file, folder / file, follow_symlinks=False)
+        if files.sha256_file(folder / file) != digest:
+            raise Damaged(
+                f"{state.folder / file} does not have the content it was sealed with", hint=ROLL_BACK
+            )
+    return State(folder, state.hashes, state.totals)
+
+
+def all_of(entries: Sequence[Entry]) -> Way:
+    """Fold everything, from nothing."""
+    return Way(None, (), tuple(entries))
