@@ -93,7 +93,8 @@ def check_reports(site: Site, daemon: Daemon) -> None:
     for which in ("current", "head"):
         assert status[which] == {"version": 3, "digest": status["current"]["digest"], "path": str(folder)}
     assert folder.name == f"000003-{status['current']['digest'][:12]}"
-    assert (status["count"], status["pending"], status["held"], status["method"]) == (3, 0, None, "spectral_cap")
+    counted = (status["count"], status["pending"], status["held"], status["method"])
+    assert counted == (3, 0, None, "spectral_cap")
     assert status["knobs"] == {"level": "interference", "strength": 1.0, "kappa": 0.6, "beta": 2.0}
     assert [(s["name"], s["state"]) for s in status["sources"]] == [("team", "ok")]
     assert status["sources"][0]["last_success"] > manifest.get("none", "")

@@ -1,7 +1,7 @@
 """One merge, run by the product's own engine and looked at from outside. All contact with the engine is here.
 
-Fine-tunes are folded as `streammerge merge` folds them: from files, with its screens, one thread, the state on
-disk between folds. Models are rendered as float32 files and read back.
+Fine-tunes are folded as `streammerge merge` folds them: from files, with its screens, one thread, the state
+on disk between folds. Models are rendered as float32 files and read back.
 """
 
 from __future__ import annotations
