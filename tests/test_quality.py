@@ -29,7 +29,7 @@ def mean(measured: dict[str, Any], rule: str) -> float:
     """Mean accuracy over seeds; each already is one over tasks and orders."""
     means = [row["mean"] for tier in measured["tiers"] for row in tier["rows"] if row["rule"] == rule]
     assert len(means) == 4
-    return statistics.mean(means)
+    return float(statistics.mean(means))
 
 
 @pytest.mark.timeout(600)

@@ -88,7 +88,7 @@ def test_the_command_line_says_it_too(tmp_path: Path) -> None:
     """--weight, --route and --finalize mean what the configuration means; mistakes exit 2 with a hint."""
     base = models.make_base(tmp_path / "base")
     paths = fine_tunes(tmp_path, base, count=2)
-    common = ["merge", "--base", tmp_path / "base", *paths, "--method", "task_arithmetic"]
+    common: list[str | Path] = ["merge", "--base", tmp_path / "base", *paths, "--method", "task_arithmetic"]
     out = tmp_path / "merged"
     command(
         *common, "--out", out, "--weight", "1", "--weight", "-0.5", "--route", f"{SQUARE}=0",
@@ -111,7 +111,7 @@ def test_the_command_line_says_it_too(tmp_path: Path) -> None:
 
 
 def test_a_cap_takes_the_place_of_opcms_length(tmp_path: Path) -> None:
-    """finalize.cap bounds the spectrum of OPCM's unscaled sum; what is not projected keeps its length."""
+    """finalize.cap bounds the spectrum of the unscaled sum; what is not projected keeps its length."""
     base = models.make_base(tmp_path / "base", dtype=torch.float32)
     run = bench_of(tmp_path / "run", tmp_path / "base", method="opcm")
     for path in fine_tunes(tmp_path, base):
@@ -127,7 +127,7 @@ def test_a_cap_takes_the_place_of_opcms_length(tmp_path: Path) -> None:
 
 
 def test_lines_without_a_plain_sum_need_a_number(tmp_path: Path) -> None:
-    """`alpha: auto` is found by the sum of all deltas: a method without it is refused before anything runs."""
+    """`alpha: auto` is found by the sum of all deltas: a method without it is refused at once."""
     base = models.make_base(tmp_path / "base")
     paths = fine_tunes(tmp_path, base)
     with pytest.raises(ConfigError, match=r"alpha is auto") as refused:
