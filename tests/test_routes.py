@@ -103,7 +103,7 @@ def test_the_command_line_says_it_too(tmp_path: Path) -> None:
         (["--weight", "1", "--weight", "2", "--weight", "3"], "--weight is given 3 times"),
         (["--weight", "0"], "other than 0"),
         (["--route", "lm_head"], "--route lm_head"),
-        (["--finalize", "cap.levl=fixed"], "cap.levl"),
+        (["--finalize", "cap.lvl=fixed"], "cap.lvl"),
     ):
         failed = command(*common, "--out", tmp_path / "none", *wrong, code=2)
         assert word in failed.stderr
