@@ -229,7 +229,7 @@ class Job:
         out.mkdir()
         try:
             digest = self._digest(path)
-            with self._open(path) as finetune:
+            with self.opened(path) as finetune:
                 incoming = Incoming(finetune, digest, factor, path.name)
                 new, measured = self.engine.fold(self.recipe, incoming, self.state, out)
                 digest = finetune.finish()
@@ -252,14 +252,15 @@ class Job:
             return ""
         return weights.identity(path, self.engine.beat, methods.sidecar(self.recipe.method))
 
-    def _open(self, path: Path) -> FineTune:
+    def opened(self, path: Path) -> FineTune:
+        """Open a fine-tune as the screen does."""
         return screen.examine(path, self.entries, self.recipe, Tolerance(), allow=self.request.allow)
 
     def render(self, out: Path, dtype: torch.dtype | None = None) -> tuple[dict[str, str], float]:
         """Write the merged model to an empty folder; see Engine.render."""
         with ExitStack() as stack:
             again = [
-                Incoming(stack.enter_context(self._open(path)), entry["digest"], entry["weight"], path.name)
+                Incoming(stack.enter_context(self.opened(path)), entry["digest"], entry["weight"], path.name)
                 for path, entry in zip(self._paths, self.folded, strict=True)
                 if methods.rereads(self.recipe.method)
             ]

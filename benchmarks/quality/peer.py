@@ -124,5 +124,5 @@ def _environment() -> Path:
 
 def _install(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [folder / "bin" / "python", "-I", "-m", "pip", "--disable-pip-version-check", "-qq"]
+    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "--disable-pip-version-check", "-qq"]
     subprocess.run([*pip, "install", *REQUIRES], check=True)

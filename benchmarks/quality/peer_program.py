@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.merge_methods import merge_state_dicts
+from mergekit.merge_methods import merge_state_dicts  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 
 SEED = 0
