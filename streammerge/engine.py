@@ -11,30 +11,27 @@ from __future__ import annotations
 import ctypes
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from streammerge import linalg, methods, plan
+from streammerge import linalg, plan
 from streammerge.arriving import Arriving
 from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
+from streammerge.folding import Folding, Measured
 from streammerge.furnish import read_config
-from streammerge.headers import CODES, DTYPES, Incomplete, find
+from streammerge.headers import CODES, Incomplete, find
 from streammerge.methods import Totals
 from streammerge.plan import Recipe
 from streammerge.rendering import Rendering
 from streammerge.state import (
-    ROLL_BACK,
     STATISTICS,
     Resident,
     State,
     StateShard,
     appended,
-    combine,
     delta_norms,
     read_statistics,
-    statistics_of,
     without,
     write_statistics,
 )
@@ -48,49 +45,6 @@ if TYPE_CHECKING:
 
     from streammerge import finalize
     from streammerge.arriving import Incoming
-    from streammerge.methods import Arrival, Slots
-
-
-@dataclass
-class Measured:
-    """What one fold saw, summed over weights in float64.
-
-    delta_norm, base_norm, state_norm  Frobenius norms over floating-point weights, tied ones once
-    kept_energy     share of ||delta||^2 of projected weights that entered the state
-    orthogonality   largest |<P, D>| / (||P|| ||D||) over projected weights; P what was added to the sum D
-    tally           sum of the method's `tally`
-    statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value);
-                    NaN for added matrices
-    """
-
-    delta_squares: float = 0.0
-    base_squares: float = 0.0
-    state_squares: float = 0.0
-    projected_squares: float = 0.0
-    step_squares: float = 0.0
-    tally: float = 0.0
-    orthogonality: float = 0.0
-    statistics: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-
-    @property
-    def delta_norm(self) -> float:
-        """Length of the fine-tune's delta."""
-        return math.sqrt(self.delta_squares)
-
-    @property
-    def base_norm(self) -> float:
-        """Length of the base."""
-        return math.sqrt(self.base_squares)
-
-    @property
-    def state_norm(self) -> float:
-        """Length of the method's first slot."""
-        return math.sqrt(self.state_squares)
-
-    @property
-    def kept_energy(self) -> float:
-        """1.0 where nothing was projected away."""
-        return self.step_squares / self.projected_squares if self.projected_squares else 1.0
 
 
 class Engine:
@@ -195,7 +149,6 @@ class Engine:
     ) -> tuple[State, Measured]:
         """Run every weight through the method, into a state of `count` fine-tunes: one more, or one less."""
         self._settle_threads()
-        measured = Measured()
         resident = self._resident if self._resident.holds(old) else None
         hashes: dict[str, str] = {}
         before = old.totals.count
@@ -206,6 +159,7 @@ class Engine:
             arriving.survey(again)
             keep = self._keeps_state(recipe, base, count)
             self._resident.disown(forget=not keep and resident is None)
+            folding = Folding(arriving, base, again, self._pass, self.progress, self._put if keep else None)
             for number, names in enumerate(plan.shards(base)):
                 merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
                 layouts = [
@@ -215,7 +169,7 @@ class Engine:
                 with StateShard(old, out, number, layouts, resident) as shard:
                     for name in names:
                         if name in merged:
-                            self._fold_weight(arriving, (base, again), name, shard, measured, keep=keep)
+                            folding.weight(name, shard)
                         else:
                             for start, stop in element_panels(base.entries[name].elements):
                                 self._pass(base.read(name, start, stop))
@@ -223,7 +177,11 @@ class Engine:
             self._prove_base(recipe, base)
         if keep:
             self._resident.own(out)
-        return State(out, hashes, old.totals), measured
+        return State(out, hashes, old.totals), folding.measured
+
+    def _put(self, slot: str, name: str, start: int, elements: int, values: Tensor) -> None:
+        """Keep a part of the new state in memory."""
+        self._resident.put(slot, name, start, elements, values, self._memory)
 
     def keep(self, digest: str) -> None:
         """The state just folded was sealed under `digest`: what lies on the device belongs to it."""
@@ -257,86 +215,6 @@ class Engine:
         return self.device.type == "cuda" and recipe.state_bytes(base.entries, count) < (
             SHARE_OF_DEVICE * torch.cuda.mem_get_info(self.device)[0]
         )
-
-    def _fold_weight(
-        self,
-        arriving: Arriving,
-        bases: tuple[Weights, Weights],
-        name: str,
-        shard: StateShard,
-        measured: Measured,
-        *,
-        keep: bool,
-    ) -> None:
-        """Fold one weight, whole where it is projected, else panel by panel."""
-        recipe, (base, again) = arriving.recipe, bases
-        entry, kind = base.entries[name], recipe.plan.kinds[name]
-        cuts = arriving.cuts_of(again, name)
-        figures = []
-        for start, stop in plan.parts(entry, kind):
-            shape = entry.shape if kind == plan.PROJECTED else (stop - start,)
-            original = self._pass(base.read(name, start, stop)).to(self.device, torch.float32).reshape(shape)
-            measured.base_squares += linalg.dot(original, original)
-            delta = arriving.delta(name, start, stop, original)
-            del original
-            self.progress((stop - start) * DTYPES[entry.dtype].itemsize)
-            squares = linalg.squares(delta)
-            if not math.isfinite(squares):
-                raise Refused(
-                    "non-finite",
-                    f"{name} holds NaN or infinite values",
-                    hint="the training run diverged; publish a good checkpoint",
-                )
-            figures.append(statistics_of(delta, kind, entry.shape, squares))
-            whole = kind == plan.PROJECTED
-            found = shard.read(name, start, stop, whole=whole)
-            slots = {slot: values.to(self.device) for slot, values in found.items()}
-            arrival = arriving.arrival(base, name, start, stop, delta, cuts)
-            new = self._step(arriving, slots, shard.source, arrival, squares, measured)
-            del delta, arrival
-            shard.write(name, new)
-            if keep:
-                for slot, values in new.items():
-                    elements = shard.elements(slot, name)
-                    self._resident.put(slot, name, start, elements, values, self._memory)
-        measured.statistics[name] = combine(figures)
-
-    def _step(
-        self,
-        arriving: Arriving,
-        slots: Slots,
-        source: str,
-        arrival: Arrival,
-        squares: float,
-        measured: Measured,
-    ) -> Slots:
-        """Run the method on one weight or panel and take the health figures; `source` is where slots lay."""
-        recipe = arriving.recipe
-        method = methods.load(recipe.method)
-        first = next(iter(slots))
-        old = slots[first]
-        old_squares = linalg.dot(old, old)
-        if not math.isfinite(old_squares):
-            raise Damaged(f"{arrival.name} in {source} is NaN or infinite", hint=ROLL_BACK)
-        prepare = getattr(method, "prepare", None)
-        if prepare and arrival.kind == plan.PROJECTED and squares and bool(old.any()):
-            slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
-        step = cast("Any", method).unfold if arriving.is_leaving else method.fold
-        new: Slots = step(slots, arrival, **methods.accepted(step, recipe.knobs))
-        self.beat()
-        new_squares = linalg.dot(new[first], new[first])
-        if not math.isfinite(new_squares):
-            raise Refused("implausible", f"the sum of {arrival.name} leaves float32's range", hint=RETRAIN)
-        measured.delta_squares += squares
-        measured.state_squares += new_squares
-        if (tally := getattr(method, "tally", None)) is not None:
-            measured.tally += tally(new)
-        if arrival.kind == plan.PROJECTED and first == "sum":
-            step_squares, share = progress_of(old, new[first], old_squares)
-            measured.projected_squares += squares
-            measured.step_squares += step_squares
-            measured.orthogonality = max(measured.orthogonality, share)
-        return new
 
     def render(
         self,
@@ -422,20 +300,10 @@ class Engine:
         return values
 
 
-def progress_of(old: Tensor, new: Tensor, old_squares: float) -> tuple[float, float]:
-    """Squared length of what a sum grew by, and |cos| of the angle between that and the sum before."""
-    step = new - old
-    squares = linalg.dot(step, step)
-    if squares == 0.0 or old_squares == 0.0:
-        return squares, 0.0
-    return squares, abs(linalg.dot(step, old)) / math.sqrt(squares * old_squares)
-
-
 MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 SHARE_OF_DEVICE = 0.6  # of its free memory, which a resident state may take
 FULL_BASE = "use the full-precision model that the fine-tunes were made from"
 RESTORE_BASE = "put the original base back, or start a new store for the new base"
-RETRAIN = "a fine-tune moves its base by a few percent; check that it was trained from this base"
 LOWER_SCALE = "lower finalize.scale, or use a base in bf16 or f32"
 
 

@@ -11,7 +11,8 @@ from streammerge.methods import Totals
 
 if TYPE_CHECKING:
     from streammerge import finalize
-    from streammerge.engine import Engine, Measured
+    from streammerge.engine import Engine
+    from streammerge.folding import Measured
     from streammerge.plan import Recipe
 
 

@@ -21,7 +21,7 @@ from streammerge import files, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config import DirectorySource
-from streammerge.engine import Engine, Measured
+from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused
 from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config, Route
     from streammerge.finetune import FineTune
+    from streammerge.folding import Measured
     from streammerge.headers import Entry
     from streammerge.plan import Recipe
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-    from streammerge.engine import Measured
     from streammerge.finetune import FineTune
+    from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.replay import Way

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.engine import Measured
+    from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot

@@ -10,9 +10,9 @@ import math
 from typing import TYPE_CHECKING
 
 from streammerge import methods
-from streammerge.engine import RETRAIN
 from streammerge.errors import Refused
 from streammerge.finetune import FineTune, open_fine_tune
+from streammerge.folding import RETRAIN
 from streammerge.headers import MARK
 from streammerge.sidecar import missing as refuse_missing
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping
     from pathlib import Path
 
-    from streammerge.engine import Measured
     from streammerge.fit import Tolerance
+    from streammerge.folding import Measured
     from streammerge.headers import Entry
     from streammerge.plan import Recipe
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streammerge.engine import Measured
     from streammerge.finetune import FineTune
+    from streammerge.folding import Measured
 
 PLAIN = finalize.Finalize()
 
