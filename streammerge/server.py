@@ -148,7 +148,11 @@ def summary(views: Views) -> str:
         )
     )
     parts.append(
-        table("Versions", views.history()[-20:][::-1], ("version", "state", "added", "promoted_at", "note"))
+        table(
+            "Versions",
+            views.history()[-20:][::-1],
+            ("version", "state", "added", "removed", "promoted_at", "note"),
+        )
     )
     return "".join(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -83,10 +83,15 @@ def history(
         print_json(found)
         return
     rows = [
-        (r["version"], r["digest"][:12], r["state"], ", ".join(r["added"]), r["promoted_at"] or "", r["note"])
+        (r["version"], r["digest"][:12], r["state"], change_of(r), r["promoted_at"] or "", r["note"])
         for r in found
     ]
-    print_table(("version", "digest", "state", "added", "promoted", "note"), rows)
+    print_table(("version", "digest", "state", "change", "promoted", "note"), rows)
+
+
+def change_of(row: dict[str, Any]) -> str:
+    """Write what came in and what went out: +a, -b."""
+    return ", ".join([*(f"+{name}" for name in row["added"]), *(f"-{name}" for name in row["removed"])])
 
 
 @app.command()
