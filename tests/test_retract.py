@@ -230,8 +230,11 @@ def test_the_daemon_retracts_during_a_hold_and_keeps_it(tmp_path: Path) -> None:
     assert [row["removed"] for row in history if row["removed"]] == [["ant"]]
 
 
+STEPS = ("folded", "rendered", "recorded", "gated", "switched")
+
+
 @pytest.mark.parametrize(
-    "step", ["folded", "rendered", "sealed", "recorded", "gated", "accepted", "switched"]
+    "step", ["sealed", "accepted", *(pytest.param(s, marks=pytest.mark.slow) for s in STEPS)]
 )
 def test_killed_at_any_step_it_is_done_once(step: str, tmp_path: Path) -> None:
     """A retract cut off anywhere is finished at the next start: once, and the command is answered."""
