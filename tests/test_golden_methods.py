@@ -223,6 +223,25 @@ def test_the_same_recipe_gives_what_mergekit_gives(case: str, tmp_path: Path) ->
     assert max(float((got[n] - values).abs().max()) for n, values in expected.items()) <= 2e-6
 
 
+def test_the_same_recipe_in_bf16_differs_by_mergekits_rounding(tmp_path: Path) -> None:
+    """mergekit computes in bf16, we in float32 and round once: two steps of bf16 apart at most."""
+    merge(
+        tmp_path / "out",
+        MERGEKIT / "models" / "base.safetensors",
+        [MERGEKIT / "models" / f"ft{number}.safetensors" for number in (1, 2, 3)],
+        method="task_arithmetic",
+        knobs={"scale": 1.0},
+        weights=(0.4,),
+        dtype="bfloat16",
+    )
+    got = load_file(tmp_path / "out" / "model" / "base.safetensors")
+    expected = load_file(MERGEKIT / "expected" / "task_arithmetic_bf16.safetensors")
+    base = load_file(MERGEKIT / "models" / "base.safetensors")
+    for name, values in expected.items():
+        step = 2.0**-7 * base[name].abs().clamp(min=2.0**-7)
+        assert bool(((got[name].float() - values.float()).abs() <= 2 * step).all()), name
+
+
 def test_the_golden_files_are_those_of_the_manifests() -> None:
     """No golden file was changed since it was computed: each has the hash that its manifest says."""
     for case in CASES.values():
