@@ -16,12 +16,12 @@ from streammerge import methods
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality"
 DEFAULT = "spectral_cap interference"
-# In points of mean accuracy over seeds, tasks and orders; about a point below what was measured.
+# In points of mean accuracy over seeds, tasks and orders. Measured: 2.6, 0.5, 4.3 and 1.7.
 LEAST = {
     ("opcm scalar", "average"): 1.0,
-    ("opcm scalar", "sum+norm (rival)"): -0.5,
+    ("opcm scalar", "sum+norm (rival)"): 0.4,
     (DEFAULT, "average"): 3.5,
-    (DEFAULT, "opcm scalar"): 0.5,
+    (DEFAULT, "opcm scalar"): 1.5,
 }
 
 

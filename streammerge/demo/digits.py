@@ -66,8 +66,8 @@ class Exam:
         return torch.isin(self.digits, torch.tensor(sorted(TASKS[task][1]))).long()
 
 
-def begin(seed: int, *, batch: int = BATCH) -> tuple[Model, Exam]:
-    """Train the base to read digits, then make every head from what it learnt."""
+def begin(seed: int, *, steps: int = BASE_STEPS, batch: int | None = BATCH) -> tuple[Model, Exam]:
+    """Train the base to read digits, then make every head from what it learnt; `batch` None is all."""
     chance = torch.Generator().manual_seed(seed)
     images, digits = read_digits()
     order = torch.randperm(IMAGES, generator=chance)
@@ -77,7 +77,7 @@ def begin(seed: int, *, batch: int = BATCH) -> tuple[Model, Exam]:
     def loss(model: Model, rows: Tensor) -> Tensor:
         return cross_entropy(linear(features(model, images[rows]), head), digits[rows])
 
-    base = _descend(_untrained(chance), loss, train, chance, steps=BASE_STEPS, batch=batch, with_head=[head])
+    base = _descend(_untrained(chance), loss, train, chance, steps=steps, batch=batch, with_head=[head])
     exam = Exam(images, digits, train, test, {SKILL: head.detach()})
     prototypes = {task: _prototypes(base, exam, task) for task in TASKS}
     return base, Exam(images, digits, train, test, {**exam.heads, **prototypes})
@@ -200,7 +200,7 @@ def _descend(
     *,
     steps: int,
     rate: float = RATE,
-    batch: int = BATCH,
+    batch: int | None = BATCH,
     with_head: Sequence[Tensor] = (),
 ) -> Model:
     """Adam on a copy of `model`; `with_head` learns along."""
@@ -208,7 +208,7 @@ def _descend(
     optimizer = torch.optim.Adam([*weights.values(), *with_head], lr=rate)
     with _one_thread():
         for _ in range(steps):
-            rows = train[torch.randint(len(train), (batch,), generator=chance)]
+            rows = train if batch is None else train[torch.randint(len(train), (batch,), generator=chance)]
             optimizer.zero_grad()
             torch.autograd.backward(loss(weights, rows))
             optimizer.step()
