@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.engine import Engine
+    from streammerge.finalize import Finalize
     from streammerge.ledger import Ledger
     from streammerge.metrics import Metrics
     from streammerge.snapshots import Snapshot, Store
@@ -127,16 +128,20 @@ def settings_of(
 
 def check_method(config: Config) -> None:
     """Raise ConfigError where other keys do not go with the method."""
-    lines = config.finalize.lines
-    if lines is not None and lines.alpha == "auto" and not methods.keeps_plain_sum(config.method):
-        raise ConfigError(
-            f"finalize.lines.alpha is auto, and {config.method} does not keep the sum it is found by",
-            hint="give alpha a number",
-        )
+    check_lines(config.finalize, config.method)
     if methods.rereads(config.method) and config.archive != "keep":
         raise ConfigError(
             f"method {config.method} reads every fine-tune again each time, and archive is {config.archive}",
             hint="set archive: keep, which keeps all their files in the store",
+        )
+
+
+def check_lines(finish: Finalize, method: str) -> None:
+    """Raise ConfigError where LiNeS' own alpha is asked for and cannot be found."""
+    if finish.lines is not None and finish.lines.alpha == "auto" and not methods.keeps_plain_sum(method):
+        raise ConfigError(
+            f"finalize.lines.alpha is auto, and {method} does not keep the sum it is found by",
+            hint="give alpha a number",
         )
 
 

@@ -27,7 +27,7 @@ from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
-from streammerge.merging import added_globs, check_method, open_base_headers
+from streammerge.merging import added_globs, check_lines, check_method, open_base_headers
 from streammerge.methods import Totals
 from streammerge.state import State
 
@@ -121,12 +121,7 @@ def check_request(request: Request) -> torch.dtype | None:
     for path in (request.base, *request.fine_tunes):
         if not path.exists():
             raise ConfigError(f"{path} is not there", hint="give model folders or .safetensors files")
-    lines = request.finalize.lines
-    if lines is not None and lines.alpha == "auto" and not methods.keeps_plain_sum(request.method):
-        raise ConfigError(
-            f"--finalize lines.alpha is auto, and {request.method} does not keep the plain sum",
-            hint="give alpha a number",
-        )
+    check_lines(request.finalize, request.method)
     if len(request.factors) != len(request.fine_tunes):
         raise ConfigError(
             f"--weight is given {len(request.weights)} times for {len(request.fine_tunes)} fine-tunes",
@@ -281,20 +276,25 @@ def check(config: Config) -> dict[str, Any]:
     check_method(config)
     is_there = not config.hub_base or config.base_path.exists()
     entries = open_base_headers(config.base_path) if is_there else {}
-    globs = added_globs(config)
-    floats = [entry for entry in entries.values() if entry.is_floating]
-    matrices = [e for e in floats if len(e.shape) == 2 and not plan.matches(e.name, globs)]
-    base_bytes = sum(entry.stop - entry.start for entry in entries.values())
-    state_bytes = sum(
-        dtype.itemsize * math.prod(shape)
-        for e in floats
-        for dtype, shape in methods.layout(
-            methods.load(config.method),
-            methods.Weight(e.name, "projected" if e in matrices else "added", e.shape),
-            1,
-            knobs,
-        ).values()
-    )
+    kinds = {e.name: plan.kind_of(e, added_globs(config)) for e in entries.values() if e.is_floating}
+    recipe = plan.Recipe(config.base_path, "", plan.Plan(kinds), config.method, knobs)
+    projected = sum(kind == plan.PROJECTED for kind in kinds.values())
+    base_bytes = sum(e.stop - e.start for e in entries.values())
+    version_bytes = base_bytes + recipe.state_bytes(entries)
+    warnings = warnings_of(config, entries, is_there=is_there)
+    free = shutil.disk_usage(next(p for p in (config.store, *config.store.parents) if p.exists())).free
+    if free < 2 * version_bytes + config.reserve:
+        warnings.append(f"only {free:,} bytes are free for the store")
+    return {
+        "weights": len(entries), "projected": projected, "added": len(kinds) - projected,
+        "base_bytes": base_bytes, "version_bytes": version_bytes,
+        "full_store_bytes": version_bytes * (config.keep + 1), "free_bytes": free,
+        "method": config.method, "knobs": knobs, "warnings": warnings,
+    }  # fmt: skip
+
+
+def warnings_of(config: Config, entries: Mapping[str, Entry], *, is_there: bool) -> list[str]:
+    """Say what is allowed and probably not meant."""
     warnings = [
         f"added: {glob} matches no weight of the base"
         for glob in plan.idle_globs(entries, config.added or ())
@@ -328,13 +328,4 @@ def check(config: Config) -> dict[str, Any]:
             for p in config.sources
             if not math.isclose(p.weight, 1.0)
         ]
-    free = shutil.disk_usage(next(p for p in (config.store, *config.store.parents) if p.exists())).free
-    version_bytes = base_bytes + state_bytes
-    if free < 2 * version_bytes + config.reserve:
-        warnings.append(f"only {free:,} bytes are free for the store")
-    return {
-        "weights": len(entries), "projected": len(matrices), "added": len(floats) - len(matrices),
-        "base_bytes": base_bytes, "version_bytes": version_bytes,
-        "full_store_bytes": version_bytes * (config.keep + 1), "free_bytes": free,
-        "method": config.method, "knobs": knobs, "warnings": warnings,
-    }  # fmt: skip
+    return warnings

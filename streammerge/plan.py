@@ -115,11 +115,15 @@ def make(base: Weights, config: Mapping[str, Any], added: Iterable[str]) -> Plan
             kinds[name] = COPIED
         elif name in ties:
             kinds[name] = TIED + ties[name]
-        elif len(entry.shape) == 2 and min(entry.shape) > 0 and not matches(name, added):
-            kinds[name] = PROJECTED
         else:
-            kinds[name] = ADDED
+            kinds[name] = kind_of(entry, added)
     return Plan(kinds, embedding)
+
+
+def kind_of(entry: Entry, added: Iterable[str]) -> str:
+    """Say what happens to a floating-point weight that is tied to no other."""
+    is_matrix = len(entry.shape) == 2 and min(entry.shape) > 0
+    return PROJECTED if is_matrix and not matches(entry.name, added) else ADDED
 
 
 def _ties(base: Weights, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:

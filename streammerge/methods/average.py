@@ -7,36 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from streammerge import linalg
+from streammerge import sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods import Arrival, Slots, Totals
+    from streammerge.methods import Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = True
 ORDER_FREE = True
 PLAIN_SUM = True
 PAPER = "Model soups, arXiv 2203.05482"
 NOTES = ""
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta, times its weight, to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=arrival.factor)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-arrival.factor)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold_weighted, sums.unfold_weighted, sums.join
 
 
 def render(slots: Slots, totals: Totals) -> Tensor:

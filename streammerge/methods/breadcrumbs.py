@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.methods import Arrival, Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = True
 ORDER_FREE = True
 PAPER = "Model breadcrumbs, arXiv 2312.06795, section 3"
@@ -27,6 +27,8 @@ NOTES = "of equal magnitudes at a cut the earlier counts as the larger"
 Axis = Literal["row", "tensor"]
 Keep = Annotated[float, Gt(0.0), Le(1.0)]
 DropTop = Annotated[float, Ge(0.0), Lt(1.0)]
+
+join = sums.join
 
 
 def weight_ranks(
@@ -60,11 +62,6 @@ def unfold(
 ) -> Slots:
     """Subtract what `fold` added, up to float32 rounding."""
     return {"sum": torch.add(slots["sum"], _middle(arrival, axis, keep, drop_top), alpha=-arrival.factor)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
 
 
 def _middle(arrival: Arrival, axis: Axis, keep: float, drop_top: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Ge, Gt, Lt
 
-from streammerge import linalg, signs
+from streammerge import linalg, signs, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ SLOTS = {"sum": {"sum": torch.float32}, "ties": signs.COUNTED}
 MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # SplitMix64's finalizer
 STEP = 0x9E3779B97F4A7C15
 DRAW_BITS = 32
+
+join = sums.join
 
 
 def layout(weight: Weight, count: int, *, agg: Agg = "sum") -> Layout:
@@ -85,11 +87,6 @@ def unfold(slots: Slots, arrival: Arrival, *, p: P = 0.5, agg: Agg = "sum") -> S
     if agg == "ties":
         return signs.add(slots, _thinned(arrival, p), arrival.factor, sign=-1)
     return {"sum": torch.add(slots["sum"], _thinned(arrival, p), alpha=-arrival.factor)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {slot: values + others[slot] for slot, values in slots.items()}
 
 
 def tally(slots: Slots) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Gt, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,8 @@ NOTES = "deltas are averaged, not weights, which is the same"
 
 Minimal = Annotated[float, Gt(0.0), Le(1.0)]
 Missing = Literal["refuse", "uniform"]
+
+join = sums.join
 
 
 def fold(
@@ -51,11 +53,6 @@ def fold(
 def unfold(slots: Slots, arrival: Arrival, *, minimal: Minimal = 1e-6, normalize: bool = True) -> Slots:
     """Subtract what `fold` added, up to float64 rounding."""
     return _add(slots, arrival, minimal, -1.0, normalize=normalize)
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {slot: values + others[slot] for slot, values in slots.items()}
 
 
 def _add(slots: Slots, arrival: Arrival, minimal: float, sign: float, *, normalize: bool) -> Slots:

@@ -8,37 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from annotated_types import Gt
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods import Arrival, Kind, Slots, Totals
+    from streammerge.methods import Kind, Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
 PLAIN_SUM = True
 PAPER = "Iso-C, arXiv 2502.04959, section 4"
 NOTES = "directions that the sum does not have stay out, so adapters do not fill them with noise"
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-1.0)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold, sums.unfold, sums.join
 
 
 def render(slots: Slots, totals: Totals, kind: Kind, *, scale: Annotated[float, Gt(0.0)] = 1.0) -> Tensor:

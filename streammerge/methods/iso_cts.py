@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from annotated_types import Ge, Gt, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,27 +21,14 @@ if TYPE_CHECKING:
 
     from streammerge.methods import Arrival, Kind, Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
 PLAIN_SUM = True
 PAPER = "Iso-CTS, arXiv 2502.04959, section 5"
 NOTES = "directions that a delta does not have stay out"
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-1.0)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold, sums.unfold, sums.join
 
 
 def render(

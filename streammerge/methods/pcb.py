@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from annotated_types import Gt, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from streammerge.methods import Arrival, Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
 PLAIN_SUM = True
@@ -32,20 +32,7 @@ LEAST = 1e-12
 
 Ratio = Annotated[float, Gt(0.0), Le(1.0)]
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-1.0)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold, sums.unfold, sums.join
 
 
 def model_ranks(elements: int) -> tuple[int, ...]:

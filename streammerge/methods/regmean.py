@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Ge, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,8 @@ NOTES = "solved, not inverted; without a Gram matrix, inputs count as even and o
 
 A = Annotated[float, Ge(0.0), Le(1.0)]
 Missing = Literal["refuse", "uniform"]
+
+join = sums.join
 
 
 def layout(weight: Weight, count: int) -> Layout:
@@ -58,11 +60,6 @@ def fold(slots: Slots, arrival: Arrival, *, a: A = 0.95, missing: Missing = "ref
 def unfold(slots: Slots, arrival: Arrival, *, a: A = 0.95) -> Slots:
     """Subtract what `fold` added, up to rounding."""
     return _add(slots, arrival, a, -1.0)
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {slot: values + others[slot] for slot, values in slots.items()}
 
 
 def _add(slots: Slots, arrival: Arrival, a: float, sign: float) -> Slots:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from annotated_types import Ge, Gt, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods import Arrival, Kind, Slots, Totals
+    from streammerge.methods import Kind, Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
 PLAIN_SUM = True
@@ -29,20 +28,7 @@ NOTES = ""
 Level = Literal["interference", "fixed"]
 Factor = Annotated[float, Gt(0.0), Le(100.0)]
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-1.0)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold, sums.unfold, sums.join
 
 
 def render(

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 from annotated_types import Gt
 
-from streammerge import linalg
+from streammerge import sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammerge.methods import Arrival, Slots, Totals
+    from streammerge.methods import Slots, Totals
 
-SLOTS = {"sum": torch.float32}
+SLOTS = sums.SLOTS
 Scale = Annotated[float, Gt(0.0)]
 
 WEIGHTED = True
@@ -26,20 +25,7 @@ PLAIN_SUM = True
 PAPER = "Task arithmetic, arXiv 2212.04089"
 NOTES = ""
 
-
-def fold(slots: Slots, arrival: Arrival) -> Slots:
-    """Add a delta, times its weight, to the running sum. sum and delta: one shape, float32."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=arrival.factor)}
-
-
-def unfold(slots: Slots, arrival: Arrival) -> Slots:
-    """Subtract what `fold` added, up to float32 rounding."""
-    return {"sum": linalg.plus(slots["sum"], arrival.delta, factor=-arrival.factor)}
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {"sum": slots["sum"] + others["sum"]}
+fold, unfold, join = sums.fold_weighted, sums.unfold_weighted, sums.join
 
 
 def render(slots: Slots, totals: Totals, *, scale: Scale = 0.3) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from annotated_types import Gt, Le
 
-from streammerge import linalg
+from streammerge import linalg, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,8 @@ WEIGHTED = False
 ORDER_FREE = True
 PAPER = "WUDI-Merging, arXiv 2503.08099, eq. 9"
 NOTES = "closed form with a ridge instead of Adam; a fine-tune that leaves a matrix alone is left out of it"
+
+join = sums.join
 
 
 def layout(weight: Weight, count: int) -> Layout:
@@ -43,11 +45,6 @@ def fold(slots: Slots, arrival: Arrival) -> Slots:
 def unfold(slots: Slots, arrival: Arrival) -> Slots:
     """Subtract what `fold` added, up to float64 rounding."""
     return _add(slots, arrival, -1.0)
-
-
-def join(slots: Slots, others: Slots) -> Slots:
-    """Add two states that were folded apart."""
-    return {slot: values + others[slot] for slot, values in slots.items()}
 
 
 def _add(slots: Slots, arrival: Arrival, sign: float) -> Slots:
