@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -106,6 +107,10 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
                 if nearest
                 else "`streammerge config schema` lists all keys"
             )
+        elif found["type"] == "literal_error":
+            known = re.findall(r"'([^']*)'", found["ctx"]["expected"])
+            if nearest := difflib.get_close_matches(str(found["input"]), known, n=1):
+                hints.append(f"did you mean {nearest[0]}?")
         elif found["type"] == "missing":
             message = "is missing"
         elif found["type"] == "union_tag_not_found":

@@ -124,6 +124,12 @@ def test_what_is_no_configuration_is_refused(folder: Path, content: bytes) -> No
         configfile.load(path)
 
 
+def test_a_mistyped_choice_names_the_nearest(folder: Path) -> None:
+    """A value that is none of a key's choices comes with the one that was probably meant."""
+    failed = command("config", "check", "-c", write(folder, method="spectral_kap"), code=2)
+    assert "did you mean spectral_cap?" in failed.stderr
+
+
 def test_the_command_line_says_it_and_exits_2(folder: Path) -> None:
     """The error is printed with its hint, exit 2, also where the file or the base is missing."""
     failed = command("config", "show", "-c", write(folder, methods="opcm"), code=2)
