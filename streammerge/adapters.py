@@ -24,14 +24,14 @@ from streammerge.plan import ADDED, PROJECTED
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from torch import Tensor
 
     from streammerge.fit import Tolerance
     from streammerge.headers import Entry, WeightsSet
-    from streammerge.linalg import Delta
+    from streammerge.linalg import Delta, Read
     from streammerge.plan import Plan
 
 PREFIX = "base_model.model."  # a PeftModel holds a LoraModel, which holds the model that was adapted
@@ -103,6 +103,8 @@ class Change:
 
 class Adapter:
     """An open LoRA adapter of the base."""
+
+    in_panels = False
 
     def __init__(
         self, found: WeightsSet, base: Mapping[str, Entry], plan: Plan, tolerance: Tolerance
@@ -231,39 +233,62 @@ class Adapter:
             return shape != entry.shape
         return self.settings.fan_in_fan_out
 
-    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """See finetune.Deltas.delta: factors for a projected weight where that is exact."""
+    def read(self, name: str, start: int, stop: int) -> Read:
+        """See finetune.Deltas.read: factors for a projected weight where that is exact."""
         changes = self.changes.get(name, [])
-        if not changes and original.dim() == 2:
-            return LowRank(original.new_empty(original.shape[0], 0), original.new_empty(0, original.shape[1]))
+        if not changes:
+            return _nothing
         if self._loaded[0] != name:  # each tensor is read once, front to back
-            self._loaded = (name, self._products(self._base[name], changes, original.device))
+            self._loaded = (name, self._products(self._base[name], changes))
         products = self._loaded[1]
         if self._lowrank.get(name):
-            return next(product for product in products if product)
-        total = torch.zeros_like(original)
-        for change, product in zip(changes, products, strict=False):
-            if "magnitude" in change.parts:
-                assert product
-                total += self._dora(name, change, original, product)
-            elif product:
-                total += _panel(product, start, stop).reshape(original.shape)
-            if "whole" in change.parts:
-                total += self._read(change.parts["whole"], original.device, start, stop).reshape(
-                    original.shape
-                )
-                total -= original
-            if "bias" in change.parts:
-                bias = self._read(change.parts["bias"], original.device, start, stop)
-                total += self._bias_scaling(change) * bias
+            product = next(product for product in products if product)
+            return lambda original: _on(product, original.device)
+        steps = [
+            self._step(name, start, stop, change, product)
+            for change, product in zip(changes, products, strict=False)
+        ]
+
+        def total(original: Tensor) -> Tensor:
+            found = torch.zeros_like(original)
+            for step in steps:
+                step(found, original)
+            return found
+
         return total
 
-    def _products(self, entry: Entry, changes: list[Change], device: torch.device) -> list[LowRank | None]:
+    def _step(
+        self, name: str, start: int, stop: int, change: Change, product: LowRank | None
+    ) -> Callable[[Tensor, Tensor], None]:
+        """Read one change of a weight's elements [start, stop); what it gives adds it to a total."""
+        parts = change.parts
+        magnitude = self._read(parts["magnitude"]).reshape(-1) if "magnitude" in parts else None
+        whole = self._read(parts["whole"], start, stop) if "whole" in parts else None
+        bias = None
+        if "bias" in parts:
+            bias = self._bias_scaling(change) * self._read(parts["bias"], start, stop)
+
+        def add(total: Tensor, original: Tensor) -> None:
+            on = original.device
+            if magnitude is not None:
+                assert product
+                total += self._dora(name, change, original, _on(product, on), magnitude.to(on))
+            elif product:
+                total += _panel(_on(product, on), start, stop).reshape(original.shape)
+            if whole is not None:
+                total += whole.to(on).reshape(original.shape)
+                total -= original
+            if bias is not None:
+                total += bias.to(on)
+
+        return add
+
+    def _products(self, entry: Entry, changes: list[Change]) -> list[LowRank | None]:
         """Read the factors of one weight; a tied head's must be the embedding's own, turned."""
         own = [change for change in changes if not change.is_head]
-        factors = [tuple(self._read(t, device) for t in change.factors or ()) for change in own]
+        factors = [tuple(self._read(t) for t in change.factors or ()) for change in own]
         for head in changes[len(own) :]:
-            repeated = tuple(self._read(tensor, device).T for tensor in head.factors or ())[::-1]
+            repeated = tuple(self._read(tensor).T for tensor in head.factors or ())[::-1]
             if repeated and not all(map(torch.equal, repeated, factors[0])):
                 raise refuse_untied(head.module, entry.name)
         return [
@@ -277,8 +302,8 @@ class Adapter:
             raise _malformed(f"{change.module} has a bias of B and no B")
         return self.settings.scaling(change.module, factor.shape[1])
 
-    def _read(self, tensor: str, device: torch.device, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.weights.read(tensor, start, stop).to(device=device, dtype=torch.float32)
+    def _read(self, tensor: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.weights.read(tensor, start, stop).float()
 
     def _product(self, entry: Entry, change: Change, a: Tensor, b: Tensor) -> LowRank:
         """Turn a module's factors as the base stores the weight, the scaling in one of them."""
@@ -286,10 +311,10 @@ class Adapter:
         is_turned = "embedding A" in change.parts or self._is_transposed(entry, (b.shape[0], a.shape[1]))
         return LowRank(a.T, b.T) if is_turned else LowRank(b, a)
 
-    def _dora(self, name: str, change: Change, original: Tensor, product: LowRank) -> Tensor:
+    def _dora(
+        self, name: str, change: Change, original: Tensor, product: LowRank, magnitude: Tensor
+    ) -> Tensor:
         """(g - 1) W + g BA with g = m / ||W + BA|| for each output (arXiv 2402.09353 eq. 5)."""
-        tensor = change.parts["magnitude"]
-        magnitude = self._read(tensor, original.device).reshape(-1)
         dense = product.left @ product.right
         assert change.factors
         shape = self._shape(*change.factors, is_embedding=False)
@@ -353,6 +378,17 @@ def group(names: Mapping[str, Entry]) -> dict[str, Change]:
             raise _malformed(f"{name} and {change.parts[part]} stand for the same")
         change.parts[part] = name
     return found
+
+
+def _nothing(original: Tensor) -> Delta:
+    """What an adapter that leaves a weight alone adds to it."""
+    if original.dim() != 2:
+        return torch.zeros_like(original)
+    return LowRank(original.new_empty(original.shape[0], 0), original.new_empty(0, original.shape[1]))
+
+
+def _on(product: LowRank, device: torch.device) -> LowRank:
+    return LowRank(product.left.to(device), product.right.to(device))
 
 
 def _panel(product: LowRank, start: int, stop: int) -> Tensor:

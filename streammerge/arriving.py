@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streammerge.finetune import FineTune
-    from streammerge.linalg import Delta
+    from streammerge.headers import Entry
+    from streammerge.linalg import Delta, Read
     from streammerge.methods import Kind, Slots, Totals
     from streammerge.plan import Recipe
     from streammerge.weights import Weights
@@ -55,31 +56,41 @@ class Arriving:
     score_cuts: tuple[float, ...] = ()
     sidecar_norm: float = field(default=0.0)
 
-    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """Give fine-tune minus base, times its route's share; see finetune.Deltas.delta."""
-        delta = self.incoming.finetune.delta(name, start, stop, original)
+    def is_whole(self, name: str) -> bool:
+        """Whether a weight is processed as one."""
+        in_panels = self.incoming.finetune.in_panels
+        return self.recipe.needs_spectra(name) or (
+            self.recipe.plan.kinds[name] == plan.PROJECTED and not in_panels
+        )
+
+    def read(self, name: str, start: int, stop: int) -> Read:
+        """Read what computes fine-tune minus base, times its route's share; see finetune.Deltas.read."""
+        read = self.incoming.finetune.read(name, start, stop)
         share = self.recipe.share(name, self.incoming.source)
-        return delta if share == 1.0 else linalg.scaled(delta, share)
+        return read if share == 1.0 else lambda original: linalg.scaled(read(original), share)
+
+    def sidecar(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Read what came beside elements [start, stop) of a weight."""
+        sidecar = self.incoming.finetune.sidecar
+        return sidecar.read(name, start, stop) if sidecar is not None else None
 
     def arrival(
-        self, base: Weights, name: str, start: int, stop: int, delta: Delta, cuts: Cuts = ((), ())
+        self, entry: Entry, start: int, delta: Delta, sidecar: Tensor | None, cuts: Cuts = ((), ())
     ) -> Arrival:
         """Put a part of a weight before the method, with all that belongs to it."""
-        sidecar = self.incoming.finetune.sidecar
-        values = sidecar.read(name, start, stop) if sidecar is not None else None
         return Arrival(
-            name=name,
-            kind=cast("Kind", self.recipe.plan.kinds[name]),
+            name=entry.name,
+            kind=cast("Kind", self.recipe.plan.kinds[entry.name]),
             delta=delta,
             digest=self.incoming.digest,
             factor=self.incoming.factor,
             earlier=self.earlier,
             start=start,
-            width=plan.row_of(base.entries[name].shape),
+            width=plan.row_of(entry.shape),
             cuts=self.cuts or cuts[0],
             cut_places=cuts[1],
             score_cuts=self.score_cuts,
-            sidecar=None if values is None else values.to(self.device),
+            sidecar=None if sidecar is None else sidecar.to(self.device),
             sidecar_norm=self.sidecar_norm,
         )
 
@@ -99,7 +110,7 @@ class Arriving:
                     sidecar.norm(self.beat) if sidecar is not None else math.sqrt(self.elements(base))
                 )
 
-    def cuts_of(self, base: Weights, name: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    def cuts_of(self, base: Weights, name: str) -> Cuts:
         """Give the magnitudes at the ranks that the method asks for within one weight, and their places."""
         ranks = getattr(methods.load(self.recipe.method), "weight_ranks", None)
         if ranks is None or self.cuts:
@@ -120,7 +131,8 @@ class Arriving:
 
         def scores() -> Iterator[Tensor]:
             for name, start, stop, delta in self.deltas(base, self.recipe.plan.merged):
-                arrival = self.arrival(base, name, start, stop, delta)
+                sidecar = self.sidecar(name, start, stop)
+                arrival = self.arrival(base.entries[name], start, delta, sidecar)
                 yield score(slots_of(name, start, stop), totals, arrival, **methods.accepted(score, knobs))
 
         found = select(scores, ranks(self.elements(base), **methods.accepted(ranks, knobs)))
@@ -136,10 +148,10 @@ class Arriving:
     def deltas(self, base: Weights, names: list[str]) -> Iterator[tuple[str, int, int, Delta]]:
         """Read these weights' deltas part by part."""
         for name in names:
-            entry, kind = base.entries[name], self.recipe.plan.kinds[name]
-            for start, stop in plan.parts(entry, kind):
+            entry, whole = base.entries[name], self.is_whole(name)
+            for start, stop in plan.parts(entry, whole=whole):
                 original = base.read(name, start, stop).to(self.device, torch.float32)
-                if kind == plan.PROJECTED:
+                if whole:
                     original = original.reshape(entry.shape)
                 self.beat()
-                yield name, start, stop, self.delta(name, start, stop, original)
+                yield name, start, stop, self.read(name, start, stop)(original)

@@ -1,29 +1,30 @@
 """Streams weights through a method, on CPU or GPU: folds a fine-tune into a state, renders it as a model.
 
-Two passes, because OPCM's scale is known only when every weight was folded: the first reads base, fine-tune
-and state and writes the next state; the second reads base and state and writes what servers load. A projected
-weight is held whole; everything else streams in panels. Totals are summed in float64. Knows nothing of
-versions, sources or verdicts: what it measures it returns.
+A fold reads base, fine-tune and state and writes the next state. Where a method can render a weight as soon
+as it is folded, the served model is written in the same pass; OPCM's scale is known only when every weight
+was folded, so it takes a second one over base and state. Weights that a method sees as matrices are held
+whole, everything else streams in panels. What comes next is read, and what is done is written, beside the
+computing. Knows nothing of versions, sources or verdicts: what it measures it returns.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from streammerge import linalg, plan
+from streammerge import allocator, linalg, methods, plan
 from streammerge.arriving import Arriving
 from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
 from streammerge.folding import Folding, Measured
 from streammerge.furnish import read_config
-from streammerge.headers import CODES, Incomplete, find
+from streammerge.headers import Incomplete, find
 from streammerge.methods import Totals
 from streammerge.plan import Recipe
-from streammerge.rendering import Rendering
+from streammerge.rendering import Finishing, Model, Rendered, Rendering
 from streammerge.state import (
     STATISTICS,
     Resident,
@@ -35,7 +36,8 @@ from streammerge.state import (
     without,
     write_statistics,
 )
-from streammerge.weights import Weights, Writer, element_panels
+from streammerge.streams import ahead
+from streammerge.weights import Weights, element_panels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +47,25 @@ if TYPE_CHECKING:
 
     from streammerge import finalize
     from streammerge.arriving import Incoming
+    from streammerge.folding import Piece
+    from streammerge.methods import Slots
+    from streammerge.state import Figures
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Where the served model goes, an empty folder, and how it is finished."""
+
+    out: Path
+    finish: finalize.Finalize
+
+
+class Folded(NamedTuple):
+    """What a fold gives; `model` where it was rendered in the same pass."""
+
+    state: State
+    measured: Measured
+    model: Rendered | None = None
 
 
 class Engine:
@@ -63,7 +84,7 @@ class Engine:
 
         `progress` is told how many bytes were read.
         """
-        return_freed_memory()
+        allocator.keep_small_buffers()
         self.device = choose_device(device)
         if threads:
             torch.set_num_threads(threads)
@@ -73,6 +94,7 @@ class Engine:
         self.beat = beat
         self.progress = progress
         self._resident = Resident()
+        self._passed = 0
         self._proven_base = ""  # stamp of the base as it was last read whole and found to be the store's
 
     def open_base(self, path: Path, added: tuple[str, ...]) -> tuple[Recipe, float]:
@@ -105,27 +127,34 @@ class Engine:
                 f"base {path} cannot be read: {exc}", hint="`base` is a model folder or one .safetensors file"
             ) from exc
 
-    def fold(self, recipe: Recipe, incoming: Incoming, old: State, out: Path) -> tuple[State, Measured]:
+    def fold(
+        self, recipe: Recipe, incoming: Incoming, old: State, out: Path, serve: Serve | None = None
+    ) -> Folded:
         """Fold one fine-tune into `old` and write the next state to the empty folder `out`.
 
-        Raises Refused for values that are not finite, Damaged where base or state differ from what they were.
+        With `serve` the model is written in the same pass where `renders_at_once`. Raises Refused for values
+        that are not finite, Damaged where base or state differ from what they were.
         """
-        state, measured = self._pass_through(recipe, incoming, old, out, old.totals.count + 1)
+        figures = read_statistics(old, recipe.plan)
+        at_once = serve if serve is not None and renders_at_once(recipe, serve) else None
+        state, measured, model = self._pass_through(
+            recipe, incoming, old, out, old.totals.count + 1, figures, at_once
+        )
         totals = old.totals.after(measured.delta_norm, measured.state_norm, incoming.factor, measured.tally)
-        statistics = appended(read_statistics(old, recipe.plan), measured.statistics)
-        return self._finished(recipe, state, statistics, totals), measured
+        return Folded(
+            self._finished(recipe, state, appended(figures, measured.statistics), totals), measured, model
+        )
 
-    def unfold(
-        self, recipe: Recipe, incoming: Incoming, index: int, old: State, out: Path
-    ) -> tuple[State, Measured]:
+    def unfold(self, recipe: Recipe, incoming: Incoming, index: int, old: State, out: Path) -> Folded:
         """Take out the fine-tune that was folded as number `index`, from 0; the method must be able to.
 
         The totals are those that the others have. Raises as `fold` does.
         """
-        statistics = without(read_statistics(old, recipe.plan), index)
+        figures = read_statistics(old, recipe.plan)
+        statistics = without(figures, index)
         if old.totals.count == 1:
-            return State(out, {}, Totals()), Measured()
-        state, measured = self._pass_through(recipe, incoming, old, out, old.totals.count - 1)
+            return Folded(State(out, {}, Totals()), Measured())
+        state, measured, _ = self._pass_through(recipe, incoming, old, out, old.totals.count - 1, figures)
         norms = delta_norms(statistics)
         totals = Totals(
             count=len(norms),
@@ -135,7 +164,7 @@ class Engine:
             state_norm=measured.state_norm,
             tally=measured.tally,
         )
-        return self._finished(recipe, state, statistics, totals), measured
+        return Folded(self._finished(recipe, state, statistics, totals), measured)
 
     def _finished(
         self, recipe: Recipe, state: State, statistics: Mapping[str, Tensor], totals: Totals
@@ -145,8 +174,15 @@ class Engine:
         return State(state.folder, {**state.hashes, STATISTICS: digest}, totals)
 
     def _pass_through(
-        self, recipe: Recipe, incoming: Incoming, old: State, out: Path, count: int
-    ) -> tuple[State, Measured]:
+        self,
+        recipe: Recipe,
+        incoming: Incoming,
+        old: State,
+        out: Path,
+        count: int,
+        figures: Mapping[str, Tensor],
+        serve: Serve | None = None,
+    ) -> Folded:
         """Run every weight through the method, into a state of `count` fine-tunes: one more, or one less."""
         self._settle_threads()
         resident = self._resident if self._resident.holds(old) else None
@@ -159,25 +195,31 @@ class Engine:
             arriving.survey(again)
             keep = self._keeps_state(recipe, base, count)
             self._resident.disown(forget=not keep and resident is None)
-            folding = Folding(arriving, base, again, self._pass, self.progress, self._put if keep else None)
+            put = self._put if keep else None
+            folding = Folding(
+                arriving, base, again, self._pass, self.progress, put, settle=self._settle_threads
+            )
+            model = Model(base, recipe, serve.out) if serve is not None else None
+            if serve is not None and model is not None:
+                finishing = Finishing(recipe, serve.finish, old.totals.ahead(incoming.factor))
+                folding.serve = _into(model, finishing, figures)
             for number, names in enumerate(plan.shards(base)):
                 merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
                 layouts = [
                     {name: recipe.layout(base.entries[name], folds) for name in merged}
                     for folds in (before, count)
                 ]
-                with StateShard(old, out, number, layouts, resident) as shard:
-                    for name in names:
-                        if name in merged:
-                            folding.weight(name, shard)
-                        else:
-                            for start, stop in element_panels(base.entries[name].elements):
-                                self._pass(base.read(name, start, stop))
+                with ExitStack() as stack:
+                    shard = stack.enter_context(StateShard(old, out, number, layouts, resident))
+                    if model is not None:
+                        stack.enter_context(model.shard(number))
+                    folding.shard(names, shard)
                 hashes |= shard.hashes
             self._prove_base(recipe, base)
         if keep:
             self._resident.own(out)
-        return State(out, hashes, old.totals), folding.measured
+        rendered = model.finished() if model is not None else None
+        return Folded(State(out, hashes, old.totals), folding.measured, rendered)
 
     def _put(self, slot: str, name: str, start: int, elements: int, values: Tensor) -> None:
         """Keep a part of the new state in memory."""
@@ -187,10 +229,10 @@ class Engine:
         """The state just folded was sealed under `digest`: what lies on the device belongs to it."""
         self._resident.name(digest)
 
-    def _open_base(self, recipe: Recipe, *, hashing: bool = False) -> Weights:
+    def _open_base(self, recipe: Recipe, *, hashing: bool = False, once: bool = False) -> Weights:
         """Open the base of the store: not there now is TryAgain, another one is Damaged."""
         try:
-            base = Weights(find(recipe.base), hashing=hashing)
+            base = Weights(find(recipe.base), hashing=hashing, once=once)
         except (OSError, Incomplete) as exc:
             raise TryAgain(f"base {recipe.base} cannot be read: {exc}", hint="is it mounted?") from exc
         except Refused as exc:
@@ -224,18 +266,15 @@ class Engine:
         out: Path,
         dtype: torch.dtype | None = None,
         folded: Sequence[Incoming] = (),
-    ) -> tuple[dict[str, str], float]:
+    ) -> Rendered:
         """Write base + finalize(render(state)) to the empty folder `out` under the base's file names.
 
-        `folded` are all fine-tunes in their order, open, for methods that read them again. Returns the sha256
-        of every file by name and the norm of the merged delta. Raises Refused where a weight does not fit
-        into the base's dtype, Damaged where the base changed since it was folded.
+        `folded` are all fine-tunes in their order, open, for methods that read them again. Raises Refused
+        where a weight does not fit into the base's dtype, Damaged where the base changed since it was folded.
         """
         self._settle_threads()
-        hashes: dict[str, str] = {}
-        squares = 0.0
         with ExitStack() as stack:
-            base = stack.enter_context(self._open_base(recipe))
+            base = stack.enter_context(self._open_base(recipe, once=True))
             again = stack.enter_context(self._open_base(recipe))
             is_proven = base.stamp == self._proven_base
             if not is_proven:
@@ -243,75 +282,62 @@ class Engine:
             resident = self._resident if self._resident.holds(state) else None
             rendering = Rendering(recipe, state, finish, again, resident, self.device)
             rendering.open(stack, folded, self.beat)
-            for number, names in enumerate(plan.shards(base, dtype)):
-                declared = [(n, self._served_dtype(base, n, dtype), base.entries[n].shape) for n in names]
-                with Writer(out / base.set.files[number].name, declared) as writer:
-                    for name, code, _ in declared:
-                        for values, part in self._rendered(rendering, base, name):
-                            squares += part
-                            served = values.to(dtype=torch_dtype(code))
-                            if served.is_floating_point() and not bool(torch.isfinite(served).all()):
-                                raise Refused(
-                                    "overflow", f"merged {name} does not fit into {code}", hint=LOWER_SCALE
-                                )
-                            writer.write(name, served)
-                            self.beat()
-                hashes[base.set.files[number].name] = writer.sha256
+            model = Model(base, recipe, out, dtype)
+            for number, names in enumerate(model.shards()):
+                reading = ahead(self._read(rendering, base, names), recipe.depth)
+                with model.shard(number), closing(reading) as pieces:
+                    for name, start, stop, original, slots in pieces:
+                        of = recipe.plan.tied.get(name, name)
+                        self._settle_threads(is_whole=recipe.needs_spectra(of))
+                        delta = rendering.delta(of, slots, start, stop) if slots else None
+                        model.add(name, original, delta)
+                        self.beat()
             if not is_proven:
                 self._prove_base(recipe, base)
-        return hashes, math.sqrt(squares)
+        return model.finished()
 
-    def _served_dtype(self, base: Weights, name: str, dtype: torch.dtype | None) -> str:
-        entry = base.entries[name]
-        return CODES[dtype] if dtype is not None and entry.is_floating else entry.dtype
-
-    def _rendered(self, rendering: Rendering, base: Weights, name: str) -> Iterator[tuple[Tensor, float]]:
-        """Yield a weight's served values, whole or in panels.
-
-        Each comes with the squared norm of what was added to the base.
-        """
-        entry = base.entries[name]
-        folded = rendering.recipe.plan.tied.get(name, name)
-        kind = rendering.recipe.plan.kinds[folded]
-        for start, stop in plan.parts(entry, kind):
-            original = self._pass(base.read(name, start, stop))
-            if kind == plan.COPIED or not rendering.state.has_slots():
-                yield original, 0.0
+    def _read(
+        self, rendering: Rendering, base: Weights, names: Sequence[str]
+    ) -> Iterator[tuple[str, int, int, Tensor, Slots]]:
+        """Read what is rendered, whole or in panels; no slots where nothing is added."""
+        kinds = rendering.recipe.plan
+        for name in names:
+            of = kinds.tied.get(name, name)
+            is_merged = kinds.kinds[of] in (plan.PROJECTED, plan.ADDED)
+            if not is_merged or not rendering.state.has_slots():
+                for start, stop in element_panels(base.entries[name].elements):
+                    yield name, start, stop, self._pass(base.read(name, start, stop)), {}
                 continue
-            delta = rendering.delta(folded, start, stop).reshape(-1)
-            squares = linalg.dot(delta, delta)
-            if squares:
-                exact = torch.promote_types(original.dtype, torch.float32)
-                original = original.to(self.device, exact) + delta
-            yield original, squares if name == folded else 0.0
+            for start, stop in rendering.parts(of):
+                original = self._pass(base.read(name, start, stop))
+                yield name, start, stop, original, rendering.slots(of, start, stop)
 
-    def _settle_threads(self) -> None:
-        """Use the agreed number of threads in this thread too.
+    def _settle_threads(self, is_whole: bool = True) -> None:  # noqa: FBT001, FBT002 -- a callback's one fact
+        """Use the agreed number of threads for matrices, in this thread too; one for panels.
 
         OpenMP keeps the number for each calling thread, and LAPACK's results depend on it: without this a
-        fold in a worker thread would give other bits than one in the main thread.
+        fold in a worker thread would give other bits than one in the main thread. Elementwise results do
+        not, and the other cores are busy reading, hashing and writing.
         """
-        torch.set_num_threads(self.threads)
+        wanted = self.threads if is_whole else 1
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
     def _pass(self, values: Tensor) -> Tensor:
         """Count what was read and give the caller's stop a chance."""
         self.progress(values.numel() * values.element_size())
+        self._passed += values.numel()
+        if self._passed >= ELEMENTS_BETWEEN_TRIMS:
+            self._passed = 0
+            allocator.give_back()
         self.beat()
         return values
 
 
-MALLOC_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+ELEMENTS_BETWEEN_TRIMS = 1 << 23
 SHARE_OF_DEVICE = 0.6  # of its free memory, which a resident state may take
 FULL_BASE = "use the full-precision model that the fine-tunes were made from"
 RESTORE_BASE = "put the original base back, or start a new store for the new base"
-LOWER_SCALE = "lower finalize.scale, or use a base in bf16 or f32"
-
-
-def return_freed_memory() -> None:
-    """Have glibc hand large buffers back at once; kept and fragmented, they would add up."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MALLOC_MMAP_THRESHOLD, 1 << 20)
 
 
 def choose_device(name: str) -> torch.device:
@@ -330,6 +356,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def torch_dtype(code: str) -> torch.dtype:
-    """Give torch's dtype for a safetensors code."""
-    return next(dtype for dtype, found in CODES.items() if found == code)
+def renders_at_once(recipe: Recipe, serve: Serve) -> bool:
+    """Whether a weight can be rendered as soon as it is folded, before the others are."""
+    lines = serve.finish.lines
+    needs_all = lines is not None and lines.alpha == "auto"
+    return methods.is_local(recipe.method) and not needs_all and not recipe.plan.tied
+
+
+def _into(
+    model: Model, finishing: Finishing, figures: Mapping[str, Tensor]
+) -> Callable[[Piece, Slots, Figures], None]:
+    """Render what was just folded into a model."""
+
+    def serve(piece: Piece, slots: Slots, latest: Figures) -> None:
+        if not slots:
+            model.add(piece.name, piece.original, None)
+            return
+        rows = figures[piece.name]
+        if finishing.recipe.needs_spectra(piece.name):
+            rows = torch.cat([rows, torch.tensor([latest], dtype=torch.float64)])
+        model.add(piece.name, piece.original, finishing.delta(piece.name, slots, rows))
+
+    return serve

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from streammerge.fit import Tolerance
     from streammerge.headers import Entry, WeightsSet
-    from streammerge.linalg import Delta
+    from streammerge.linalg import Delta, Read
     from streammerge.plan import Plan
 
 
@@ -38,11 +38,13 @@ class Deltas(Protocol):
     ) -> None:
         """Close the files."""
 
-    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """Give fine-tune minus base for elements [start, stop) of the base's weight `name`, float32.
+    in_panels: bool  # whether a projected weight too may be asked for in parts
 
-        original  the base's values as float32: in the weight's shape where it is projected, else flat;
-                  they may be overwritten
+    def read(self, name: str, start: int, stop: int) -> Read:
+        """Read what is needed for elements [start, stop) of the base's weight `name`.
+
+        What it gives computes fine-tune minus base, float32, of the base's values as float32: in the weight's
+        shape where it is processed whole, else flat. Reading and computing may be done on two threads.
         """
 
     def rereading(self) -> AbstractContextManager[None]:
@@ -58,7 +60,7 @@ class FineTune:
     def __init__(self, deltas: Deltas, sidecar: Sidecar | None) -> None:
         """Both are open; `close` closes them."""
         self._deltas, self.sidecar = deltas, sidecar
-        self.delta = deltas.delta
+        self.read, self.in_panels = deltas.read, deltas.in_panels
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +116,8 @@ def open_fine_tune(
 class FullWeights:
     """A fine-tune published with all its weights."""
 
+    in_panels = True
+
     def __init__(
         self,
         found: WeightsSet,
@@ -139,12 +143,18 @@ class FullWeights:
         """See Deltas.rereading."""
         return self.weights.unhashed()
 
-    def delta(self, name: str, start: int, stop: int, original: Tensor) -> Delta:
-        """See Deltas.delta."""
+    def read(self, name: str, start: int, stop: int) -> Read:
+        """See Deltas.read."""
         if name in self.fit.absent:
-            return torch.zeros_like(original)
+            return torch.zeros_like
         tuned = self.weights.read(self.fit.sources[name], start, stop)
-        return tuned.to(device=original.device, dtype=torch.float32).reshape(original.shape).sub_(original)
+
+        def minus(original: Tensor) -> Delta:
+            values = tuned.to(original.device, torch.float32).reshape(original.shape)
+            is_copy = values.data_ptr() != tuned.data_ptr()  # what was read may still be hashed
+            return values.sub_(original) if is_copy else values - original
+
+        return minus
 
     def finish(self) -> str:
         """See Deltas.finish; a tied head that was saved twice must repeat its embedding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,16 +12,19 @@ import torch
 from streammerge import linalg, methods, plan
 from streammerge.errors import Damaged, Refused
 from streammerge.headers import DTYPES
-from streammerge.state import ROLL_BACK, combine, statistics_of
+from streammerge.state import NOTHING, ROLL_BACK, combine, statistics_of
+from streammerge.streams import ahead
+from streammerge.weights import element_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
-    from streammerge.arriving import Arriving
+    from streammerge.arriving import Arriving, Cuts
+    from streammerge.linalg import Read
     from streammerge.methods import Arrival, Slots
-    from streammerge.state import StateShard
+    from streammerge.state import Figures, StateShard
     from streammerge.weights import Weights
 
 RETRAIN = "a fine-tune moves its base by a few percent; check that it was trained from this base"
@@ -30,16 +34,15 @@ RETRAIN = "a fine-tune moves its base by a few percent; check that it was traine
 class Measured:
     """What one fold saw, summed over weights in float64.
 
-    delta_norm, base_norm, state_norm  Frobenius norms over floating-point weights, tied ones once
+    delta_norm, state_norm  Frobenius norms over floating-point weights, tied ones once
     kept_energy     share of ||delta||^2 of projected weights that entered the state
     orthogonality   largest |<P, D>| / (||P|| ||D||) over projected weights; P what was added to the sum D
     tally           sum of the method's `tally`
-    statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value);
-                    NaN for added matrices
+    statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value); the latter NaN for
+                    matrices that are not seen as such
     """
 
     delta_squares: float = 0.0
-    base_squares: float = 0.0
     state_squares: float = 0.0
     projected_squares: float = 0.0
     step_squares: float = 0.0
@@ -53,11 +56,6 @@ class Measured:
         return math.sqrt(self.delta_squares)
 
     @property
-    def base_norm(self) -> float:
-        """Length of the base."""
-        return math.sqrt(self.base_squares)
-
-    @property
     def state_norm(self) -> float:
         """Length of the method's first slot."""
         return math.sqrt(self.state_squares)
@@ -66,6 +64,27 @@ class Measured:
     def kept_energy(self) -> float:
         """1.0 where nothing was projected away."""
         return self.step_squares / self.projected_squares if self.projected_squares else 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A weight, or a panel of one, read and not yet folded.
+
+    original  as the base has it, flat
+    delta     computes the fine-tune's delta of the base's values as float32; None where nothing is folded
+    slots     the old state's
+    source    where those lay
+    """
+
+    name: str
+    start: int
+    stop: int
+    original: Tensor
+    delta: Read | None = None
+    slots: Slots = field(default_factory=dict)
+    source: str = ""
+    sidecar: Tensor | None = None
+    cuts: Cuts = ((), ())
 
 
 @dataclass
@@ -77,6 +96,9 @@ class Folding:
     passed  is given every value that was read of the base, and gives it back
     read    is told how many bytes were read of the fine-tune
     put     keeps a part of the new state: slot, weight, first element, elements in all, values; or None
+    serve   renders what is folded into the model to be: a piece, its base as float32, its new slots, its
+            figures; or None where rendering must wait until all is folded
+    settle  is told before each piece whether it is a whole matrix
     """
 
     arriving: Arriving
@@ -84,56 +106,84 @@ class Folding:
     again: Weights
     passed: Callable[[Tensor], Tensor]
     read: Callable[[int], None]
-    put: Callable[[str, str, int, int, Tensor], None] | None
+    put: Callable[[str, str, int, int, Tensor], None] | None = None
+    serve: Callable[[Piece, Slots, Figures], None] | None = None
+    settle: Callable[[bool], None] = lambda _whole: None
     measured: Measured = field(default_factory=Measured)
 
-    def weight(self, name: str, shard: StateShard) -> None:
-        """Fold one weight, whole where it is projected, else panel by panel."""
-        entry, kind = self.base.entries[name], self.arriving.recipe.plan.kinds[name]
-        cuts = self.arriving.cuts_of(self.again, name)
-        figures = []
-        for start, stop in plan.parts(entry, kind):
-            whole = kind == plan.PROJECTED
-            original = self.passed(self.base.read(name, start, stop)).to(self.arriving.device, torch.float32)
-            original = original.reshape(entry.shape if whole else (stop - start,))
-            self.measured.base_squares += linalg.dot(original, original)
-            delta = self.arriving.delta(name, start, stop, original)
-            del original
-            self.read((stop - start) * DTYPES[entry.dtype].itemsize)
-            squares = linalg.squares(delta)
-            if not math.isfinite(squares):
-                raise Refused(
-                    "non-finite",
-                    f"{name} holds NaN or infinite values",
-                    hint="the training run diverged; publish a good checkpoint",
-                )
-            figures.append(statistics_of(delta, kind, entry.shape, squares))
-            found = shard.read(name, start, stop, whole=whole)
-            slots = {slot: values.to(self.arriving.device) for slot, values in found.items()}
-            arrival = self.arriving.arrival(self.base, name, start, stop, delta, cuts)
-            new = self._step(slots, shard.source, arrival, squares)
-            del delta, arrival
-            shard.write(name, new)
-            for slot, values in new.items() if self.put is not None else ():
-                cast("Any", self.put)(slot, name, start, shard.elements(slot, name), values)
-        self.measured.statistics[name] = combine(figures)
+    def shard(self, names: Iterable[str], shard: StateShard) -> None:
+        """Fold the weights of one of the base's files: what comes next is read while one is computed."""
+        with closing(ahead(self._pieces(names, shard), self.arriving.recipe.depth)) as pieces:
+            for piece in pieces:
+                if piece.delta is not None:
+                    self._fold(piece, shard)
+                elif self.serve is not None:
+                    self.serve(piece, {}, NOTHING)
 
-    def _step(self, slots: Slots, source: str, arrival: Arrival, squares: float) -> Slots:
+    def _pieces(self, names: Iterable[str], shard: StateShard) -> Iterator[Piece]:
+        """Read weight by weight, whole or panel by panel. Runs on the reading thread: computes nothing."""
+        kinds = self.arriving.recipe.plan.kinds
+        for name in names:
+            entry = self.base.entries[name]
+            if kinds[name] not in (plan.PROJECTED, plan.ADDED):
+                for start, stop in element_panels(entry.elements):
+                    yield Piece(name, start, stop, self.passed(self.base.read(name, start, stop)))
+                continue
+            whole, cuts = self.arriving.is_whole(name), self.arriving.cuts_of(self.again, name)
+            for start, stop in plan.parts(entry, whole=whole):
+                original = self.passed(self.base.read(name, start, stop))
+                delta = self.arriving.read(name, start, stop)
+                self.read((stop - start) * DTYPES[entry.dtype].itemsize)
+                slots = shard.read(name, start, stop, whole=whole)
+                sidecar = self.arriving.sidecar(name, start, stop)
+                yield Piece(name, start, stop, original, delta, slots, shard.source, sidecar, cuts)
+
+    def _fold(self, piece: Piece, shard: StateShard) -> None:
+        """Fold one piece, and hand on what came of it."""
+        name, arriving = piece.name, self.arriving
+        entry, whole = self.base.entries[name], arriving.is_whole(name)
+        assert piece.delta is not None
+        self.settle(whole)
+        original = piece.original.to(arriving.device, torch.float32)
+        delta = piece.delta(original.reshape(entry.shape) if whole else original)
+        del original
+        is_spectral = arriving.recipe.needs_spectra(name)
+        squares = linalg.squares(delta) if isinstance(delta, linalg.LowRank) else linalg.dot32(delta, delta)
+        if not math.isfinite(squares):
+            raise Refused(
+                "non-finite",
+                f"{name} holds NaN or infinite values",
+                hint="the training run diverged; publish a good checkpoint",
+            )
+        figures = statistics_of(delta, entry.shape, squares, is_spectral=is_spectral)
+        slots = {slot: values.to(arriving.device) for slot, values in piece.slots.items()}
+        arrival = arriving.arrival(entry, piece.start, delta, piece.sidecar, piece.cuts)
+        new = self._step(slots, piece.source, arrival, squares, whole=whole)
+        del delta, arrival, slots
+        shard.write(name, new)
+        for slot, values in new.items() if self.put is not None else ():
+            cast("Any", self.put)(slot, name, piece.start, shard.elements(slot, name), values)
+        if self.serve is not None:
+            self.serve(piece, new, figures)
+        so_far = self.measured.statistics.get(name)
+        self.measured.statistics[name] = figures if so_far is None else combine(so_far, figures)
+
+    def _step(self, slots: Slots, source: str, arrival: Arrival, squares: float, *, whole: bool) -> Slots:
         """Run the method on one weight or panel and take the health figures; `source` is where slots lay."""
         recipe, measured = self.arriving.recipe, self.measured
         method = methods.load(recipe.method)
         first = next(iter(slots))
         old = slots[first]
-        old_squares = linalg.dot(old, old)
+        old_squares = linalg.dot32(old, old)
         if not math.isfinite(old_squares):
             raise Damaged(f"{arrival.name} in {source} is NaN or infinite", hint=ROLL_BACK)
         prepare = getattr(method, "prepare", None)
-        if prepare and arrival.kind == plan.PROJECTED and squares and bool(old.any()):
+        if prepare and whole and squares and old_squares:
             slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
         step = cast("Any", method).unfold if self.arriving.is_leaving else method.fold
         new: Slots = step(slots, arrival, **methods.accepted(step, recipe.knobs))
         self.arriving.beat()
-        new_squares = linalg.dot(new[first], new[first])
+        new_squares = linalg.dot32(new[first], new[first])
         if not math.isfinite(new_squares):
             raise Refused("implausible", f"the sum of {arrival.name} leaves float32's range", hint=RETRAIN)
         measured.delta_squares += squares
@@ -151,7 +201,7 @@ class Folding:
 def progress_of(old: Tensor, new: Tensor, old_squares: float) -> tuple[float, float]:
     """Squared length of what a sum grew by, and |cos| of the angle between that and the sum before."""
     step = new - old
-    squares = linalg.dot(step, step)
+    squares = linalg.dot32(step, step)
     if squares == 0.0 or old_squares == 0.0:
         return squares, 0.0
-    return squares, abs(linalg.dot(step, old)) / math.sqrt(squares * old_squares)
+    return squares, abs(linalg.dot32(step, old)) / math.sqrt(squares * old_squares)

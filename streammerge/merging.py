@@ -179,6 +179,7 @@ def recipe_of(config: Config, settings: Mapping[str, Any]) -> tuple[Recipe, dict
         settings["method"],
         settings["knobs"],
         config.routes,
+        is_capped=config.finalize.cap is not None,
     ), entries
 
 

@@ -21,7 +21,7 @@ from streammerge import files, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config import DirectorySource
-from streammerge.engine import Engine
+from streammerge.engine import Engine, Serve
 from streammerge.errors import ConfigError, Refused
 from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from streammerge.folding import Measured
     from streammerge.headers import Entry
     from streammerge.plan import Recipe
+    from streammerge.rendering import Rendered
 
 RENDER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ALLOWABLE = ("zero-delta", "duplicate", "implausible", "own-merge")
@@ -149,12 +150,16 @@ def _merge_in(
         warn(text)
     size = sum(entry.stop - entry.start for entry in job.entries.values())
     progress.update(bar, total=size * (2 + 2 * len(request.fine_tunes)), completed=size)
-    for path, factor in zip(request.fine_tunes, request.factors, strict=True):
-        progress.update(bar, description=f"folding {path.name}")
-        job.fold(path, factor)
-    progress.update(bar, description="writing the model")
     (work / "model").mkdir()
-    hashes, norm = job.render(work / "model", dtype)
+    rendered: Rendered | None = None
+    for number, (path, factor) in enumerate(zip(request.fine_tunes, request.factors, strict=True), 1):
+        progress.update(bar, description=f"folding {path.name}")
+        is_last = number == len(request.fine_tunes) and dtype is None
+        rendered = job.fold(path, factor, work / "model" if is_last else None)
+    if rendered is None:
+        progress.update(bar, description="writing the model")
+        rendered = job.render(work / "model", dtype)
+    hashes, norm = rendered
     recipe, finish = job.recipe, request.finalize
     manifest = {
         "base": {"digest": recipe.base_digest, "name": request.base.name},
@@ -177,6 +182,7 @@ class Job:
     engine: Engine
     work: Path
     recipe: Recipe
+    base_norm: float
     entries: Mapping[str, Entry]
     state: State
     measured: Measured | None = None
@@ -188,13 +194,17 @@ class Job:
         """Read the base."""
         knobs = methods.resolve(request.method, request.knobs or {})
         added = plan.DEFAULT_ADDED if request.added is None else request.added
-        found, _ = engine.open_base(request.base, added)
-        recipe = replace(found, method=request.method, knobs=knobs, routes=request.routes)
+        found, norm = engine.open_base(request.base, added)
+        is_capped = request.finalize.cap is not None
+        recipe = replace(
+            found, method=request.method, knobs=knobs, routes=request.routes, is_capped=is_capped
+        )
         return cls(
             request,
             engine,
             work,
             recipe,
+            norm,
             open_base_headers(request.base),
             State(work / "state-0", {}, Totals()),
         )
@@ -219,20 +229,25 @@ class Job:
             found.append(f"--weight is ignored by {method}")
         return found
 
-    def fold(self, path: Path, factor: float = 1.0) -> None:
-        """Fold one fine-tune; its name is put before what the screen says of it."""
+    def fold(self, path: Path, factor: float = 1.0, model: Path | None = None) -> Rendered | None:
+        """Fold one fine-tune; its name is put before what the screen says of it.
+
+        With `model`, an empty folder, the merged model is written there in the same pass where the method
+        can; else None is given, and `render` does it.
+        """
         out = self.work / f"state-{len(self.folded) + 1}"
         out.mkdir()
         try:
             digest = self._digest(path)
             with self.opened(path) as finetune:
                 incoming = Incoming(finetune, digest, factor, path.name)
-                new, measured = self.engine.fold(self.recipe, incoming, self.state, out)
+                serve = Serve(model, self.request.finalize) if model is not None else None
+                new, measured, rendered = self.engine.fold(self.recipe, incoming, self.state, out, serve)
                 digest = finetune.finish()
             if "duplicate" not in self.request.allow:
                 known = {entry["digest"] for entry in self.folded}
                 screen.refuse_known(digest, folded=known, denied=())
-            screen.judge(measured, max_delta_ratio=1.0, allow=self.request.allow)
+            screen.judge(measured, self.base_norm, max_delta_ratio=1.0, allow=self.request.allow)
         except Refused as exc:
             raise Refused(exc.reason, f"{path}: {exc.message} ({exc.reason})", hint=_hint(exc)) from exc
         shutil.rmtree(self.state.folder, ignore_errors=True)
@@ -241,6 +256,7 @@ class Job:
         self.folded.append(
             {"name": path.name, "source": "", "revision": digest[:16], "digest": digest, "weight": factor}
         )
+        return rendered
 
     def _digest(self, path: Path) -> str:
         """Know a fine-tune before it is folded, where what the method draws depends on it."""
@@ -252,7 +268,7 @@ class Job:
         """Open a fine-tune as the screen does."""
         return screen.examine(path, self.entries, self.recipe, Tolerance(), allow=self.request.allow)
 
-    def render(self, out: Path, dtype: torch.dtype | None = None) -> tuple[dict[str, str], float]:
+    def render(self, out: Path, dtype: torch.dtype | None = None) -> Rendered:
         """Write the merged model to an empty folder; see Engine.render."""
         with ExitStack() as stack:
             again = [

@@ -19,6 +19,7 @@ from streammerge.arriving import Incoming
 from streammerge.aside import RETRY_SECONDS, remove_fetched, set_aside
 from streammerge.card import card
 from streammerge.collect import tidy
+from streammerge.engine import Serve
 from streammerge.errors import ConfigError, Refused, Stopped, TryAgain
 from streammerge.fetching import bring_in, identify, published
 from streammerge.fit import Tolerance
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
+    from streammerge.rendering import Rendered
     from streammerge.replay import Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
@@ -164,19 +166,20 @@ def build(
     if way is not None:
         old, _ = replay.walk(merge, way, building, "before")
         kept = [e for e in kept if (e["source"], e["name"]) != (row["source"], row["name"])]
-    state, measured = merge.engine.fold(merge.recipe, incoming, old, building / "state")
+    serve = Serve(building / "model", merge.config.finalize)
+    state, measured, model = merge.engine.fold(merge.recipe, incoming, old, building / "state", serve)
     files.remove_tree(building / "before")
     if finetune.finish() != row["digest"]:
         files.remove_tree(merge.store.inbox / str(row["id"]))
         merge.ledger.update_fine_tune(row["id"], step="announced")
         raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
-    screen.judge(measured, max_delta_ratio=merge.config.max_delta_ratio)
+    screen.judge(measured, merge.base_norm, max_delta_ratio=merge.config.max_delta_ratio)
     reached("folded")
     entry = {
         "name": row["name"], "source": row["source"], "revision": row["revision"],
         "digest": row["digest"], "weight": row["factor"],
     }  # fmt: skip
-    manifest, hashes = render(merge, state, [*kept, entry], head, version, building, measured)
+    manifest, hashes = render(merge, state, [*kept, entry], head, version, building, measured, model)
     return seal(merge, building, manifest, hashes)
 
 
@@ -223,13 +226,19 @@ def render(
     version: int,
     building: Path,
     measured: Measured | None = None,
+    model: Rendered | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Step 5: write what servers load; gives the manifest to be and the hashes known so far."""
+    """Step 5: write what servers load; gives the manifest to be and the hashes known so far.
+
+    `model` is given where its weights are written already.
+    """
     recipe, finish = merge.recipe, merge.config.finalize
     with merge.metrics.stage("render"), ExitStack() as stack:
         rereads = methods.rereads(recipe.method)
         again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
-        rendered, norm = merge.engine.render(recipe, state, finish, building / "model", folded=again)
+        if model is None:
+            model = merge.engine.render(recipe, state, finish, building / "model", folded=again)
+    rendered, norm = model
     hashes = {f"state/{name}": found for name, found in state.hashes.items()}
     hashes |= {f"model/{name}": found for name, found in rendered.items()}
     manifest = {

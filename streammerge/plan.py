@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from streammerge import methods
 from streammerge.headers import DTYPES, Entry
-from streammerge.weights import element_panels
+from streammerge.weights import PANEL_ELEMENTS, element_panels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +30,7 @@ DEFAULT_ADDED = (
     "*embed*", "*wte*", "*wpe*", "lm_head*", "*.lm_head*", "*shared.weight", "*class_token*", "*cls_token*",
     "classifier*", "*.classifier*", "score.weight", "*.score.weight", "cls.*", "*predictions.decoder*",
 )  # fmt: skip
+PANELS_AHEAD, WEIGHTS_AHEAD = 3, 1
 PROJECTED, ADDED, COPIED, TIED = "projected", "added", "copied", "tied:"
 
 
@@ -66,6 +67,12 @@ class Recipe:
     method: str
     knobs: Mapping[str, Any]
     routes: tuple[Route, ...] = ()
+    is_capped: bool = False  # finalize.cap is on, which needs whole matrices and their spectra
+
+    def needs_spectra(self, name: str) -> bool:
+        """Whether a weight is seen as a matrix: held whole, the spectrum of its delta recorded."""
+        is_matrix = self.plan.kinds[name] == PROJECTED
+        return is_matrix and (self.is_capped or not methods.is_elementwise(self.method))
 
     def share(self, name: str, source: str) -> float:
         """What a source's deltas of one weight are multiplied by: the first route that matches says."""
@@ -73,6 +80,12 @@ class Recipe:
             if matches(name, [route.weights]) and route.source in (None, source):
                 return route.share
         return 1.0
+
+    @property
+    def depth(self) -> int:
+        """How many pieces are read ahead: panels are small, whole matrices are not."""
+        is_small = not self.is_capped and methods.is_elementwise(self.method)
+        return PANELS_AHEAD if is_small else WEIGHTS_AHEAD
 
     def layout(self, entry: Entry, count: int) -> methods.Layout:
         """What the method remembers of a weight once `count` fine-tunes are folded."""
@@ -86,15 +99,12 @@ class Recipe:
         return sum(d.itemsize * math.prod(shape) for found in layouts for d, shape in found.values())
 
 
-PANEL_ELEMENTS = 1 << 20
-
-
-def parts(entry: Entry, kind: str) -> Iterator[tuple[int, int]]:
-    """Cut a weight's elements as they are processed: whole where it is projected, else panels of whole rows.
+def parts(entry: Entry, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Cut a weight's elements as they are processed: whole, or in panels of whole rows.
 
     A row is the last dimension; a vector is one row.
     """
-    if kind == PROJECTED:
+    if whole:
         return iter([(0, entry.elements)])
     row = max(row_of(entry.shape), 1)
     return element_panels(entry.elements, max(PANEL_ELEMENTS // row, 1) * row)

@@ -168,9 +168,9 @@ def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Meas
         folder.mkdir(exist_ok=True)
         with opened(merge, entry) as incoming:
             if is_out:
-                new, measured = merge.engine.unfold(merge.recipe, incoming, place, state, folder)
+                new, measured, _ = merge.engine.unfold(merge.recipe, incoming, place, state, folder)
             else:
-                new, measured = merge.engine.fold(merge.recipe, incoming, state, folder)
+                new, measured, _ = merge.engine.fold(merge.recipe, incoming, state, folder)
             if not (is_out and not new.has_slots()) and incoming.finetune.finish() != entry["digest"]:
                 raise TryAgain(
                     f"{entry['name']} is not what was folded once: its content has changed",

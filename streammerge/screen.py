@@ -88,9 +88,12 @@ def refuse_known(digest: str, *, folded: Container[str], denied: Container[str])
         )
 
 
-def judge(measured: Measured, *, max_delta_ratio: float, allow: Container[str] = ()) -> None:
-    """Refuse by what the fold measured: a delta of zero, or one longer than the base allows."""
-    delta, base = measured.delta_norm, measured.base_norm
+def judge(measured: Measured, base: float, *, max_delta_ratio: float, allow: Container[str] = ()) -> None:
+    """Refuse by what the fold measured: a delta of zero, or one longer than the base allows.
+
+    base  ||base||
+    """
+    delta = measured.delta_norm
     if delta == 0.0 and "zero-delta" not in allow:
         raise Refused(
             "zero-delta",

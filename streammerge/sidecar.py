@@ -14,8 +14,8 @@ from streammerge import linalg
 from streammerge.errors import Refused
 from streammerge.fit import common_prefix, listed
 from streammerge.headers import WeightsSet
-from streammerge.plan import PROJECTED, parts
-from streammerge.weights import Weights
+from streammerge.plan import PROJECTED
+from streammerge.weights import Weights, element_panels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ class Sidecar:
         """Length of all values together, in float64; for Fisher information only."""
         squares = 0.0
         for name in self._plan.merged:
-            for start, stop in parts(self._base[name], self._plan.kinds[name]):
+            for start, stop in element_panels(self._base[name].elements):
                 values = self.read(name, start, stop)
                 squares += linalg.dot(values, values) if values is not None else 0.0
                 beat()

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from streammerge.linalg import Delta
     from streammerge.methods import Layout, Slots, Totals
 
+Figures = tuple[float, float, float]  # of a delta: ||.||_F, ||.^T .||_F, largest singular value
+NOTHING: Figures = (0.0, 0.0, 0.0)
+
 STATISTICS = "statistics.safetensors"
 ROLL_BACK = "roll back to a version that verifies"
 
@@ -251,28 +254,21 @@ def damage_of(found: Weights, state: State, file_name: str) -> Damaged | None:
     return Damaged(f"{state.folder / file_name} does not have the content it was sealed with", hint=ROLL_BACK)
 
 
-def statistics_of(
-    delta: Delta, kind: str, shape: tuple[int, ...], squares: float
-) -> tuple[float, float, float]:
-    """Figures of one weight's delta that `finalize` and the screens need and that cannot be had later."""
-    if kind == plan.PROJECTED:
+def statistics_of(delta: Delta, shape: tuple[int, ...], squares: float, *, is_spectral: bool) -> Figures:
+    """Figures of one weight's delta, or of a panel's, that cannot be had later; `squares` is its ||.||^2."""
+    if is_spectral:
         return linalg.statistics(delta)
     if len(shape) <= 1:
         return math.sqrt(squares), squares, math.sqrt(squares)
     return math.sqrt(squares), math.nan, math.nan
 
 
-def combine(parts: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """Put the panels of one weight together; exact for norms, and for vectors' other figures."""
-    if len(parts) == 1:
-        return parts[0]
-    squares = sum(norm**2 for norm, _, _ in parts)
-    is_vector = not math.isnan(parts[0][1])
-    return (
-        math.sqrt(squares),
-        squares if is_vector else math.nan,
-        math.sqrt(squares) if is_vector else math.nan,
-    )
+def combine(one: Figures, other: Figures) -> Figures:
+    """Put two parts of one weight together; exact for norms, and for vectors' other figures."""
+    squares = one[0] ** 2 + other[0] ** 2
+    if math.isnan(one[1]):
+        return math.sqrt(squares), math.nan, math.nan
+    return math.sqrt(squares), squares, math.sqrt(squares)
 
 
 def read_statistics(state: State, kinds: plan.Plan) -> dict[str, Tensor]:
@@ -287,9 +283,7 @@ def read_statistics(state: State, kinds: plan.Plan) -> dict[str, Tensor]:
     return figures
 
 
-def appended(
-    figures: Mapping[str, Tensor], latest: Mapping[str, tuple[float, float, float]]
-) -> dict[str, Tensor]:
+def appended(figures: Mapping[str, Tensor], latest: Mapping[str, Figures]) -> dict[str, Tensor]:
     """Add the latest fine-tune's figures to those of all before it."""
     return {
         name: torch.cat([rows, torch.tensor([latest[name]], dtype=torch.float64)])

@@ -2,7 +2,10 @@
 
 Knows names, shapes, dtypes and bytes; nothing of bases, deltas or merging. What a file says of itself is
 bounded and proven by `headers` before anything is allocated; one file handle is used throughout, so a file
-that is renamed over cannot mix two versions.
+that is renamed over cannot mix two versions. Hashing goes on beside reading, and writing beside the caller.
+
+The page cache is left to others: what was not in it before is dropped after it was read, and what is written
+goes past it.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ import math
 import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from streammerge.errors import Refused, TryAgain
 from streammerge.headers import DTYPES, Entry, WeightsSet, find, parse_header
+from streammerge.pagecache import NewFile, Trail
+from streammerge.streams import Behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -28,20 +34,29 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+PANEL_ELEMENTS = 1 << 18  # as float32 it stays in a core's own cache
+
 
 class Weights:
     """An open weights set: `entries` by name, and bounded reads of any part of a weight.
 
     With `hashing`, every weight is read front to back and hashed on the way; `content_digest` gives the
     identity. With `whole`, the one file is read front to back, weight by weight as stored, and hashed as a
-    file. `stamp` recognises the very files, unchanged since they were opened, by inode, size and times.
+    file. What is read `once`, as with these two, is not kept in the page cache. `stamp` recognises the
+    very files, unchanged since they were opened, by inode, size and times.
     """
 
-    def __init__(self, found: WeightsSet, *, hashing: bool = False, whole: bool = False) -> None:
+    def __init__(
+        self, found: WeightsSet, *, hashing: bool = False, whole: bool = False, once: bool = False
+    ) -> None:
         """Open every file and read every header."""
         self.set = found
         self._stack = ExitStack()
         self._descriptors: list[int] = []
+        self._trails: dict[int, Trail] = {}
+        self._is_read_once = hashing or whole or once
+        self._hashing = Behind()
+        self._stack.callback(self._hashing.close)
         self._hashes: dict[str, _Running] | None = {} if hashing else None
         self.entries: dict[str, Entry] = {}
         self._file: _Running | None = None
@@ -50,6 +65,9 @@ class Weights:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._stack.callback(os.close, descriptor)
                 self._descriptors.append(descriptor)
+                if self._is_read_once:
+                    self._trails[descriptor] = Trail(descriptor)
+                    self._stack.callback(self._trails[descriptor].end)
                 for entry in parse_header(descriptor, path.name, number):
                     self._list(entry)
             self.stamp = self._stamp()
@@ -71,7 +89,7 @@ class Weights:
         head = bytearray(min((e.start for e in self.entries.values()), default=self.bytes))
         pread_exactly(self._descriptors[0], head, 0, self.set.files[0])
         self._file = _Running()
-        self._file.feed(0, len(head), head)
+        self._file.feed(0, len(head), memoryview(head), self._hashing)
 
     def _refuse_empty(self) -> None:
         raise Refused("empty", f"{self.set.files[0].name} holds no weights", hint="save the model again")
@@ -103,24 +121,27 @@ class Weights:
             if self._hashes is not None:
                 self._hashes.setdefault(name, _Running())
             return torch.empty(entry.shape if stop is None else (0,), dtype=dtype)
-        buffer = bytearray((last - start) * dtype.itemsize)
-        offset = entry.start + start * dtype.itemsize
-        pread_exactly(self._descriptors[entry.file], buffer, offset, self.set.files[entry.file])
+        flat = torch.empty(last - start, dtype=dtype)
+        offset, buffer = entry.start + start * dtype.itemsize, bytes_of(flat)
+        descriptor = self._descriptors[entry.file]
+        pread_exactly(descriptor, buffer, offset, self.set.files[entry.file])
+        if self._is_read_once:
+            self._trails[descriptor].read(offset, offset + len(buffer))
         if self._hashes is not None:
-            self._hashes.setdefault(name, _Running()).feed(start, last, buffer)
+            self._hashes.setdefault(name, _Running()).feed(start, last, buffer, self._hashing)
         if self._file is not None:
-            self._file.feed(offset, offset + len(buffer), buffer)
-        flat = torch.frombuffer(buffer, dtype=dtype)
+            self._file.feed(offset, offset + len(buffer), buffer, self._hashing)
         return flat.reshape(entry.shape) if stop is None else flat
 
     @contextmanager
     def unhashed(self) -> Iterator[None]:
         """Inside, weights may be read any number of times in any order: nothing of it counts as read."""
         hashes, self._hashes = self._hashes, None
+        once, self._is_read_once = self._is_read_once, False
         try:
             yield
         finally:
-            self._hashes = hashes
+            self._hashes, self._is_read_once = hashes, once
 
     def read_rest(self, beat: Callable[[], None] = lambda: None) -> None:
         """Hash every weight that was not read yet."""
@@ -137,6 +158,7 @@ class Weights:
         All weights must have been read.
         """
         assert self._hashes is not None
+        self._hashing.finish()
         lines = []
         for name, entry in sorted(self.entries.items()):
             running = self._hashes.get(name, _Running())
@@ -150,11 +172,13 @@ class Weights:
         """Give the sha256 of the one file, all of which must have been read."""
         assert self._file is not None
         assert self._file.position == self.bytes
+        self._hashing.finish()
         return str(self._file.sha256.hexdigest())
 
     def tensor_digest(self, name: str) -> str:
         """Hash of one weight's bytes, after it was read."""
         assert self._hashes is not None
+        self._hashing.finish()
         return str(self._hashes[name].sha256.hexdigest())
 
 
@@ -165,9 +189,10 @@ class _Running:
     position: int = 0
     sha256: Any = field(default_factory=hashlib.sha256)
 
-    def feed(self, start: int, stop: int, buffer: bytearray) -> None:
+    def feed(self, start: int, stop: int, buffer: memoryview, hashing: Behind) -> None:
+        """`buffer` must not be changed any more."""
         assert start == self.position
-        self.sha256.update(buffer)
+        hashing(partial(self.sha256.update, buffer), len(buffer))
         self.position = stop
 
 
@@ -189,11 +214,11 @@ def digest_with(digest: str, sidecar: str) -> str:
     return hashlib.sha256(f"{digest}\0{sidecar}".encode()).hexdigest()
 
 
-def pread_exactly(descriptor: int, buffer: bytearray, offset: int, path: Path) -> None:
+def pread_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, path: Path) -> None:
     """Fill `buffer` from `offset` on, or raise TryAgain where the file has become shorter."""
     view = memoryview(buffer)
     done = 0
-    while done < len(buffer):
+    while done < len(view):
         got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
         if not got:
             raise TryAgain(
@@ -203,7 +228,7 @@ def pread_exactly(descriptor: int, buffer: bytearray, offset: int, path: Path) -
         done += got
 
 
-def element_panels(elements: int, panel: int = 1 << 20) -> Iterator[tuple[int, int]]:
+def element_panels(elements: int, panel: int = PANEL_ELEMENTS) -> Iterator[tuple[int, int]]:
     """Cut [0, elements) into runs of at most `panel`; an empty weight gives one empty run."""
     return ((start, min(start + panel, elements)) for start in range(0, max(elements, 1), panel))
 
@@ -230,54 +255,52 @@ class Writer:
         self._size = len(self._head) + position
         self._remaining = [(name, dtype, math.prod(shape)) for name, dtype, shape in reversed(self._declared)]
         self._hash = hashlib.sha256()
+        self._behind = Behind()
         self.sha256 = ""
 
     def __enter__(self) -> Self:
-        self._file = self.path.open("xb", buffering=0)
-        try:
-            if self._size:
-                os.posix_fallocate(self._file.fileno(), 0, self._size)
-        except BaseException as exc:
-            self._file.close()
-            if isinstance(exc, OSError):
-                exc.filename = exc.filename or str(self.path)
-            raise
-        self._put(self._head)
+        self._file = NewFile(self.path, self._size)
+        self._append(self._head)
         return self
 
     def write(self, name: str, values: Tensor) -> None:
-        """Write the next run of elements of `name`, which must be the next weight not yet complete."""
+        """Write the next run of elements of `name`, which must be the next weight not yet complete.
+
+        It is written beside the caller, who must not change `values` any more; what fails is raised later.
+        """
         while self._remaining and self._remaining[-1][2] == 0 and self._remaining[-1][0] != name:
             self._remaining.pop()
         expected, dtype, elements = self._remaining.pop()
-        flat = values.reshape(-1).to(device="cpu", dtype=DTYPES[dtype]).contiguous()
         assert expected == name, f"{name} written where {expected} is next"
-        assert flat.numel() <= elements
-        if flat.numel():
-            self._put(_bytes_of(flat))
-        if flat.numel() < elements:
-            self._remaining.append((name, dtype, elements - flat.numel()))
+        assert values.numel() <= elements
+        if values.numel():
+            flat = values.reshape(-1).to(DTYPES[dtype]).contiguous()
+            size = flat.numel() * flat.element_size()
+            self._behind(lambda: self._append(bytes_of(flat.cpu())), size)
+        if values.numel() < elements:
+            self._remaining.append((name, dtype, elements - values.numel()))
 
-    def _put(self, content: bytes | memoryview) -> None:
+    def _append(self, content: bytes | memoryview) -> None:
         self._hash.update(content)
-        view = memoryview(content)
-        while view:
-            view = view[self._file.write(view) or 0 :]
+        self._file.write(content)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        try:
             if kind is None:
+                self._behind.finish()
                 left = [name for name, _, elements in self._remaining if elements]
                 assert not left, f"{left} never written"
-                os.fsync(self._file.fileno())
+                self._file.finish()
                 self.sha256 = self._hash.hexdigest()
+        finally:
+            self._behind.close()
+            self._file.close()
 
 
-def _bytes_of(flat: Tensor) -> memoryview:
-    """View a contiguous CPU tensor's memory as bytes, without numpy and without a copy.
-
-    The caller keeps the tensor alive.
-    """
-    return memoryview((ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr()))
+def bytes_of(flat: Tensor) -> memoryview:
+    """View a contiguous CPU tensor's memory as bytes, without numpy and without a copy; keeps it alive."""
+    memory = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
+    memory.tensor = flat  # type: ignore[attr-defined]  # ctypes arrays take attributes
+    return memoryview(memory).cast("B")

@@ -49,7 +49,7 @@ class Bench:
     ) -> Measured:
         """Fold one fine-tune and keep its state as if it had been sealed."""
         with self.opened(path, tolerance) as finetune:
-            state, measured = self.engine.fold(
+            state, measured, _ = self.engine.fold(
                 self.recipe, Incoming(finetune, digest, factor), self.state, self._next()
             )
             finetune.finish()
@@ -61,7 +61,7 @@ class Bench:
         """Take out the fine-tune that was folded as number `index`."""
         with self.opened(path) as finetune:
             incoming = Incoming(finetune, digest, factor)
-            state, measured = self.engine.unfold(self.recipe, incoming, index, self.state, self._next())
+            state, measured, _ = self.engine.unfold(self.recipe, incoming, index, self.state, self._next())
         del self.folded[index]
         self._seal(state)
         return measured

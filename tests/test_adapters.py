@@ -123,14 +123,14 @@ def deltas(folder: Path) -> tuple[dict[str, torch.Tensor], set[str]]:
             for name in plan.merged:
                 values = original[name].float()
                 if plan.kinds[name] == "projected":
-                    delta = adapter.delta(name, 0, values.numel(), values)
+                    delta = adapter.read(name, 0, values.numel())(values)
                     factored |= {name} if isinstance(delta, linalg.LowRank) else set()
                     found[name] = linalg.dense(delta)
                     continue
                 panels = list(
                     weights.element_panels(values.numel(), panel=50)
                 )  # they end in the midst of rows
-                parts = [adapter.delta(name, a, b, values.reshape(-1)[a:b].clone()) for a, b in panels]
+                parts = [adapter.read(name, a, b)(values.reshape(-1)[a:b].clone()) for a, b in panels]
                 found[name] = torch.cat([linalg.dense(part) for part in parts]).reshape(values.shape)
             assert adapter.finish() == weights.identity(folder / "adapter")
     return found, factored

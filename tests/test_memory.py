@@ -58,7 +58,7 @@ FOLDS = textwrap.dedent(
             (root / name).mkdir()
         path = root / f"ft{number % 2}"
         with screen.examine(path, entries, recipe, Tolerance()) as finetune:
-            state, _ = engine.fold(recipe, Incoming(finetune), state, root / f"state-{number}")
+            state, *_ = engine.fold(recipe, Incoming(finetune), state, root / f"state-{number}")
             finetune.finish()
         engine.render(recipe, state, finalize.Finalize(), root / "model")
         shutil.rmtree(root / f"state-{number - 1}", ignore_errors=True)

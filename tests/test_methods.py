@@ -163,7 +163,8 @@ class Folded:
                 zeros = empty(self.method, self.knobs, name)
                 self.slots[name] = {slot: values.to(delta.device) for slot, values in zeros.items()}
             self.slots[name] = found.fold(self.slots[name], arrival, **knobs)
-            figures = statistics_of(delta, arrival.kind, tuple(delta.shape), linalg.squares(delta))
+            is_spectral = arrival.kind == "projected"
+            figures = statistics_of(delta, tuple(delta.shape), linalg.squares(delta), is_spectral=is_spectral)
             self.figures.setdefault(name, []).append(figures)
         tally = getattr(found, "tally", lambda _: 0.0)
         tallied = sum(tally(slots) for slots in self.slots.values())

@@ -49,9 +49,10 @@ class Bench:
         out.mkdir()
         with screen.examine(path, self.entries, self.recipe, tolerance, **allow) as opened:
             old = State(out / "none", {}, Totals())
-            state, measured = Engine(device="cpu").fold(self.recipe, Incoming(opened), old, out)
+            state, measured, _ = Engine(device="cpu").fold(self.recipe, Incoming(opened), old, out)
             digest = opened.finish()
-        screen.judge(measured, max_delta_ratio=1.0, **allow)
+        length = sum(float(v.double().square().sum()) for v in self.base.values()) ** 0.5
+        screen.judge(measured, length, max_delta_ratio=1.0, **allow)
         deltas: dict[str, Tensor] = {}
         for slot in sorted(state.folder.glob("sum-*.safetensors")):
             deltas |= models.load(slot)

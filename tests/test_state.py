@@ -142,9 +142,9 @@ def test_what_is_measured_is_what_was_folded(tmp_path: Path) -> None:
         new = {n: v.double() for n, v in models.load(run.state.folder / "sum-00001.safetensors").items()}
         delta = {n: (tuned[n] - base[n]).double() for n in new}
         norms.append(sum(float(d.square().sum()) for d in delta.values()) ** 0.5)
-        assert measured.delta_norm == pytest.approx(norms[-1], rel=1e-9)
+        assert measured.delta_norm == pytest.approx(norms[-1], rel=1e-6)
         assert measured.state_norm == pytest.approx(
-            sum(float(v.square().sum()) for v in new.values()) ** 0.5, rel=1e-9
+            sum(float(v.square().sum()) for v in new.values()) ** 0.5, rel=1e-6
         )
         steps = {n: new[n] - old[n] if old else new[n] for n in PROJECTED}
         kept = sum(float(p.square().sum()) for p in steps.values())
@@ -174,7 +174,7 @@ def test_statistics_are_kept_for_every_fine_tune(tmp_path: Path) -> None:
         assert figures.dtype == torch.float64
         for i, (norm, gram, largest) in enumerate(figures.tolist()):
             x = deltas[i][name]
-            assert norm == pytest.approx(float(x.norm()), rel=1e-9)
+            assert norm == pytest.approx(float(x.norm()), rel=1e-6)
             if name in PROJECTED:
                 s = torch.linalg.svdvals(x)
                 assert gram == pytest.approx(float(s.pow(4).sum().sqrt()), rel=1e-5)

@@ -3,8 +3,6 @@
 mergekit, under the LGPL, is run as a program in an environment of its own, and nothing of it comes in here:
 peer_program.py merges there and writes files, which sit the tier's exam. It takes all experts at once, so its
 rows have no columns about one merge after another. `nuslerp` takes two models only, and has no row.
-
-The environment is made once, with pip, and kept in the benchmark's cache: 1.6 GB, about a minute.
 """
 
 from __future__ import annotations
@@ -13,23 +11,21 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from measuring import Row
+from peer_environment import REQUIRES, environment
 from rules import PEER
 from safetensors.torch import load_file
-from tier import kept
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tier import Tier
 
-REQUIRES = ("torch==2.13.0", "mergekit==0.1.5")
 PROGRAM = Path(__file__).with_name("peer_program.py")
 SHARE = "1/n"  # as a weight: of n experts, each the n-th part
 
@@ -111,18 +107,7 @@ def _merge(tier: Tier, out: Path) -> None:
             for merge in MERGES
         ],
     }
-    python = _environment() / "bin" / "python"
+    python = environment() / "bin" / "python"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     # -I: neither this folder's modules nor PYTHONPATH's are the peer's.
     subprocess.run([python, "-I", PROGRAM], input=json.dumps(job), text=True, env=env, check=True)
-
-
-def _environment() -> Path:
-    """A virtual environment with the peer in it; its Python works wherever the folder is moved."""
-    return kept("peer", {"requires": REQUIRES, "python": sys.version_info[:2]}, _install)
-
-
-def _install(folder: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip", "--disable-pip-version-check", "-qq"]
-    subprocess.run([*pip, "install", *REQUIRES], check=True)

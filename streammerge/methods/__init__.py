@@ -23,11 +23,13 @@ A method is a module of pure functions on one weight:
 
 and of constants: WEIGHTED, whether a fine-tune's own weight counts; ORDER_FREE; SEEDED, whether
 `arrival.digest` is needed; PLAIN_SUM, whether the slot "sum" is that of all deltas as they are; SIDECAR, a
-file that a fine-tune must bring; PAPER and NOTES for the table in docs/methods.md.
+file that a fine-tune must bring; ELEMENTWISE, whether projected weights are treated as all others; LOCAL,
+whether render asks no more of the totals than `count` and `factors`, which are known before a fold; PAPER and
+NOTES for the table in docs/methods.md.
 
 Keyword arguments with defaults are the method's knobs: the signature is the documentation and the
 configuration schema. A weight of kind "added" arrives in panels, cut between rows, so what a method does to
-it must be elementwise or row by row.
+it must be elementwise or row by row; with ELEMENTWISE every weight may.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import importlib
 import inspect
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -82,8 +85,8 @@ class Arrival:
     """One weight of the fine-tune that is folded now.
 
     delta        fine-tune minus base, float32, the base's shape (or one panel of it, flat, where kind is
-                 "added"); an adapter's projected weight comes as linalg.LowRank, two factors that linalg's
-                 functions take
+                 "added" or the method ELEMENTWISE); an adapter's projected weight comes as linalg.LowRank,
+                 two factors that linalg's functions take
     digest       of the whole fine-tune; seeds whatever a method draws at random
     factor       the weight a person gave this fine-tune (1.0 unless configured)
     earlier      fine-tunes folded before it
@@ -136,6 +139,11 @@ class Totals:
         """OPCM's adaptive scale: the running sum is divided by it (arXiv 2501.09522 eq. 6)."""
         return self.state_norm / self.mean_delta_norm if self.mean_delta_norm else 1.0
 
+    def ahead(self, factor: float) -> Totals:
+        """What is known of the totals before one more fine-tune is folded; the rest is NaN."""
+        unknown = math.nan
+        return Totals(self.count + 1, self.factors + factor, unknown, unknown, unknown, unknown)
+
     def after(self, delta_norm: float, state_norm: float, factor: float, tally: float = 0.0) -> Totals:
         """Give the totals once one more fine-tune of norm `delta_norm` is folded."""
         count = self.count + 1
@@ -178,9 +186,19 @@ def layout(method: Method, weight: Weight, count: int, knobs: Mapping[str, Any])
     return {slot: (dtype, weight.shape) for slot, dtype in cast("Any", method).SLOTS.items()}
 
 
+def is_elementwise(name: str) -> bool:
+    """Whether a method sees no matrices, only elements and rows."""
+    return bool(getattr(load(name), "ELEMENTWISE", False))
+
+
+def is_local(name: str) -> bool:
+    """Whether a weight can be rendered before the others are folded."""
+    return bool(getattr(load(name), "LOCAL", False))
+
+
 def rereads(name: str) -> bool:
     """Whether a method's render asks for every fine-tune once more."""
-    return "arrivals" in inspect.signature(load(name).render).parameters
+    return "arrivals" in _parameters(load(name).render)
 
 
 def keeps_plain_sum(name: str) -> bool:
@@ -245,8 +263,13 @@ def resolve(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def accepted(function: object, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the knobs that one of a method's functions takes."""
-    names = inspect.signature(cast("Any", function)).parameters
+    names = _parameters(function)
     return {name: value for name, value in knobs.items() if name in names}
+
+
+@cache
+def _parameters(function: object) -> frozenset[str]:
+    return frozenset(inspect.signature(cast("Any", function)).parameters)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SLOTS = sums.SLOTS
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "Model soups, arXiv 2203.05482"
 NOTES = ""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SLOTS = sums.SLOTS
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
+LOCAL = True
 PAPER = "Model breadcrumbs, arXiv 2312.06795, section 3"
 NOTES = "of equal magnitudes at a cut the earlier counts as the larger"
 

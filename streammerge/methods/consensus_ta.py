@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WEIGHTED = False
 ORDER_FREE = True
+ELEMENTWISE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "Consensus TA, arXiv 2405.07813, section 4"
 NOTES = "one mask_lambda for all fine-tunes; the authors tune one for each on labelled data"

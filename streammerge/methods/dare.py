@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
 SEEDED = True
 PAPER = "DARE, arXiv 2311.03099, section 3.2"
 NOTES = "masks follow from content, so that a fold can be repeated and undone"

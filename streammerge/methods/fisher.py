@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SLOTS = {"product": torch.float64, "information": torch.float64}
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
+LOCAL = True
 SIDECAR = "fisher.safetensors"
 PAPER = "Fisher merging, arXiv 2111.09832, eq. 4"
 NOTES = "deltas are averaged, not weights, which is the same"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "Iso-C, arXiv 2502.04959, section 4"
 NOTES = "directions that the sum does not have stay out, so adapters do not fill them with noise"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SLOTS = {"furthest": torch.float32}
 WEIGHTED = False
 ORDER_FREE = False
+ELEMENTWISE = True
+LOCAL = True
 PAPER = "MagMax, arXiv 2407.06322"
 NOTES = ""
 

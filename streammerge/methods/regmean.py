@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = False
 ORDER_FREE = True
+LOCAL = True
 SIDECAR = "gram.safetensors"
 PAPER = "RegMean, arXiv 2212.09849, eq. 3"
 NOTES = "solved, not inverted; without a Gram matrix, inputs count as even and of mean strength"

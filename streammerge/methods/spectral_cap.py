@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SLOTS = sums.SLOTS
 WEIGHTED = False
 ORDER_FREE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "our own; docs/methods.md has the formula"
 NOTES = ""

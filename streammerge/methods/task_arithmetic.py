@@ -21,6 +21,8 @@ Scale = Annotated[float, Gt(0.0)]
 
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "Task arithmetic, arXiv 2212.04089"
 NOTES = ""

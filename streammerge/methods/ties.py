@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = True
 ORDER_FREE = True
+ELEMENTWISE = True
 PAPER = "TIES-merging, arXiv 2306.01708, section 3"
 NOTES = "exact at every step; the paper's own continual baseline trims and elects again at each merge"
 

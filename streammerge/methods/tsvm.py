@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = False
 ORDER_FREE = True
+LOCAL = True
 PLAIN_SUM = True
 PAPER = "TSV-Merge, arXiv 2412.00081, section 4"
 NOTES = "triples below the numerical rank do not exist; the mean beyond min(m, n) fine-tunes"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEIGHTED = False
 ORDER_FREE = True
+LOCAL = True
 PAPER = "WUDI-Merging, arXiv 2503.08099, eq. 9"
 NOTES = "closed form with a ridge instead of Adam; a fine-tune that leaves a matrix alone is left out of it"
 
