@@ -34,7 +34,7 @@ from streammerge import (
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
-from streammerge.merging import check_method
+from streammerge.merging import check_cap, check_method
 from streammerge.metrics import Metrics
 from streammerge.once import raise_if_set
 from streammerge.server import HubHook, Server, Views, make_app
@@ -242,7 +242,8 @@ class Daemon:
         for name in [name for name in self._watchers if self.sources[name] is not sources.get(name)]:
             self._watchers.pop(name)()
         self.scheduler.remove_all_jobs()
-        self.config = self.merge.config = config
+        self.config = config
+        self.merge.take(config)
         self.sources = sources
         reconcile.drop_sources(self.merge, sources)
         for name in [name for name, source in sources.items() if source.is_remote]:
@@ -281,6 +282,8 @@ class Daemon:
         if fixed := configfile.changed_fixed(self.config, fresh):
             raise ConfigError(f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it")
         check_method(fresh)
+        if self.merge is not None:
+            check_cap(fresh, self.merge.head)
         return fresh
 
     # Sources

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -70,6 +70,11 @@ class Merge:
         """Why folding and promotion are stopped, "" if they are not."""
         hold = self.ledger.fact("hold")
         return str(hold["why"]) if hold else ""
+
+    def take(self, config: Config) -> None:
+        """Go on with another configuration, which was checked."""
+        self.config = config
+        self.recipe = replace(self.recipe, is_capped=config.finalize.cap is not None)
 
     def _named(self, fact: str) -> Snapshot:
         name = self.ledger.fact(fact)
@@ -133,6 +138,17 @@ def check_method(config: Config) -> None:
         raise ConfigError(
             f"method {config.method} reads every fine-tune again each time, and archive is {config.archive}",
             hint="set archive: keep, which keeps all their files in the store",
+        )
+
+
+def check_cap(config: Config, head: Snapshot) -> None:
+    """Raise ConfigError where a cap is asked for over fine-tunes whose spectra nobody recorded."""
+    is_new = config.finalize.cap is not None and head.manifest["finalize"]["cap"] is None
+    if is_new and head.fine_tunes and methods.is_elementwise(config.method):
+        raise ConfigError(
+            f"finalize.cap needs every fine-tune's spectra, and {config.method} recorded none of the "
+            f"{len(head.fine_tunes)} in version {head.version}, because no cap was on",
+            hint="leave the cap out, or `streammerge rebuild` with it folds them anew into a new store",
         )
 
 

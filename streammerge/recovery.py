@@ -16,7 +16,7 @@ from streammerge.collect import tidy_inbox
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
 from streammerge.ledger import Ledger, now
-from streammerge.merging import Merge, added_globs, check_method, recipe_of, settings_of
+from streammerge.merging import Merge, added_globs, check_cap, check_method, recipe_of, settings_of
 from streammerge.plan import Recipe, idle_globs
 from streammerge.weights import Weights, identity
 
@@ -54,6 +54,7 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
     )
     check_base(merge)
     recover(merge, forgiving=forgiving)
+    check_cap(config, merge.head)
     if not methods.load(recipe.method).WEIGHTED and any(part.weight != 1.0 for part in config.sources):
         log.warning("config.weight_ignored", method=recipe.method)
     return merge

@@ -40,13 +40,21 @@ Tail = Literal["scalar", "diagonal", "keep"]
 def prepare(slots: Slots, *, alpha: Alpha = 0.5, tail: Tail = "scalar") -> Slots:
     """Derive from the running sum the directions that a new delta must leave alone.
 
-    slots["sum"]      [out, in] float32
+    slots["sum"]      [out, in] float32, oriented here as D [m, n], m <= n
     adds "values"     [q] float64, singular values of the sum above its numerical rank, largest first
-    adds "directions" [m, r] float32, or all q of them in float64 for the diagonal tail; m the smaller side
+    adds "left"       [m, k] float32, the first k left singular vectors: all q for the diagonal tail, else r
+    adds "right"      [k, n] float32, the right ones that belong to them
+    adds "rest"       [m, n] float32, D without these directions; for the scalar tail only
     """
-    vectors, s = linalg.spectrum(linalg.lying(slots["sum"]))
-    kept = vectors if tail == "diagonal" else vectors[:, : linalg.split_rank(s, alpha)].float()
-    return {**slots, "values": s, "directions": kept.contiguous()}
+    running = linalg.lying(slots["sum"])
+    vectors, s = linalg.spectrum(running)
+    k = s.numel() if tail == "diagonal" else linalg.split_rank(s, alpha)
+    left = vectors[:, :k].float()
+    along = left.T @ running
+    found = {"values": s, "left": left}
+    if tail == "scalar":
+        found["rest"] = torch.addmm(running, left, along, alpha=-1.0)
+    return {**slots, **found, "right": along.div_(s[:k].float().unsqueeze(1))}
 
 
 def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "scalar") -> Slots:
@@ -72,48 +80,41 @@ def fold(slots: Slots, arrival: Arrival, *, alpha: Alpha = 0.5, tail: Tail = "sc
     if "values" not in slots:
         slots = prepare(slots, alpha=alpha, tail=tail)
     step = _diagonal_step if tail == "diagonal" else _block_step
-    new = step(linalg.lying(running), linalg.lying(delta), slots, alpha, remove_tail=tail != "keep")
+    new = step(linalg.lying(running), linalg.lying(delta), slots, alpha)
     return {"sum": (new if new.shape == running.shape else new.T).contiguous()}
 
 
-def _block_step(running: Tensor, delta: Delta, slots: Slots, alpha: float, *, remove_tail: bool) -> Tensor:
+def _block_step(running: Tensor, delta: Delta, slots: Slots, alpha: float) -> Tensor:
     """D + B - b D_tail, with B = X - U_r (U_r^T X V_r) V_r^T and b = <B, D_tail> / ||D_tail||^2.
 
-    Written with Z = U_r^T D [r, n] and Y = U_r^T X [r, n], so that V is never formed:
-    U_r^T X V_r V_r^T = (Y Z^T S_r^-2) Z and <B, D_tail> = <X, D> - <Y, Z>.
+    <B, D_tail> is <X, D_tail>. Of a delta that comes as two factors U_r^T X V_r is two factors too.
     """
-    s, vectors = slots["values"], slots["directions"]
+    s, left, right = slots["values"], slots["left"], slots["right"]
     r = linalg.split_rank(s, alpha)
-    z, y = vectors.T @ running, linalg.times(vectors.T, delta)
-    core = linalg.cross(y, z) / s[:r].square()
-    b = 0.0
-    if remove_tail:
-        b = (linalg.inner(delta, running) - linalg.dot(y, z)) / float(s[r:].square().sum())
-        b = b if abs(b) < LARGEST_MULTIPLE else 0.0
-        core.diagonal().sub_(b)
-    new = linalg.plus(running, delta, scale=1.0 - b)
-    return new.addmm_(vectors, core.float() @ z, alpha=-1.0)
+    if isinstance(delta, linalg.LowRank):
+        lefts = torch.cat([delta.left, left @ (left.T @ delta.left)], 1)
+        rights = torch.cat([delta.right, -(delta.right @ right.T) @ right], 0)
+        new = torch.addmm(running, lefts, rights)
+    else:
+        new = (running + delta).addmm_(left, (left.T @ delta) @ right.T @ right, alpha=-1.0)
+    if (rest := slots.get("rest")) is None:
+        return new
+    b = linalg.inner(delta, rest) / float(s[r:].square().sum())
+    return new.sub_(rest, alpha=b) if abs(b) < LARGEST_MULTIPLE else new
 
 
-def _diagonal_step(running: Tensor, delta: Delta, slots: Slots, alpha: float, *, remove_tail: bool) -> Tensor:
-    """D + X - U_r (U_r^T X V_r) V_r^T - sum_{r <= i < q} (u_i^T X v_i) u_i v_i^T, in float64.
+def _diagonal_step(running: Tensor, delta: Delta, slots: Slots, alpha: float) -> Tensor:
+    """D + X - U_r (U_r^T X V_r) V_r^T - sum_{r <= i < q} (u_i^T X v_i) u_i v_i^T.
 
-    One-sided: with N = U^T X D^T U and K = N S^-2 restricted to its leading block and the diagonal, what is
-    removed equals (U K U^T) D; only [m, m] matrices and panels of D and X are held in float64.
+    Written as D + X - U W: each row of W is what one left singular vector takes away.
     """
-    assert remove_tail
-    s, vectors, delta = slots["values"], slots["directions"], linalg.dense(delta)
+    s, left, right = slots["values"], slots["left"], slots["right"]
+    delta = linalg.dense(delta)
     r = linalg.split_rank(s, alpha)
-    k = vectors.T @ linalg.cross(delta, running) @ vectors
-    k /= s.square()
-    removed = k.diagonal().diag_embed()
-    removed[:r, :r] = k[:r, :r]
-    operator = vectors @ removed @ vectors.T
-    new = torch.empty_like(running)
-    for cut in linalg.panels(running.shape[1], running.shape[0]):
-        old = running[:, cut].double()
-        new[:, cut] = (old + delta[:, cut].double() - operator @ old).float()
-    return new
+    seen = left.T @ delta
+    removed = right * torch.linalg.vecdot(seen, right).unsqueeze(1)
+    removed[:r] = (seen[:r] @ right[:r].T) @ right[:r]
+    return (running + delta).addmm_(left, removed, alpha=-1.0)
 
 
 def render(slots: Slots, totals: Totals) -> Tensor:
