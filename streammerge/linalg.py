@@ -32,7 +32,7 @@ FLOAT32_EPSILON = 1.1920929e-07
 INTERFERENCE_LEVEL = 0.9
 CLAMP = 3.0
 POWER_ITERATIONS = 64
-POWER_TOLERANCE = 1e-9
+POWER_TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def capped(
     cap = kappa * clamped_mean(there[:, 2]) if level == "fixed" else strength * interference_bound(there, s)
     over = int((beta * s > cap).sum())
     top = vectors[:, :over].float()
-    lowered = ((beta - cap / s[:over]).float().unsqueeze(1)) * (top.T @ wide)
+    lowered = (top.T @ wide).mul_((beta - cap / s[:over]).float().unsqueeze(1))
     found = torch.addmm(wide, top, lowered, beta=beta, alpha=-1.0)
     return (found if found.shape == matrix.shape else found.T).contiguous()
 
