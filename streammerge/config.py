@@ -239,6 +239,13 @@ class Lines(Section):
     )
 
 
+class PrepareSection(Section):
+    """What may be kept of what opcm derives from the state while there is nothing else to do."""
+
+    memory: Size = Field(default=0, description="memory that it may take")
+    disk: Size = Field(default=20 * 10**9, description="disk that it may take, in the store")
+
+
 class FinalizeSection(Section):
     """Applied when weights are written; may change at any time."""
 
@@ -281,6 +288,7 @@ class Config(Section):
     residency: Literal["auto", "device", "host", "disk"] = Field(
         default="auto", description="where the state lies between folds"
     )
+    prepare: PrepareSection = Field(default=PrepareSection())
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; results are bit-identical for one number"
     )
@@ -361,6 +369,7 @@ FIXED = (
     "routes",
     "device",
     "residency",
+    "prepare",
     "threads",
     "http",
     "log_level",

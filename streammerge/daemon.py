@@ -31,7 +31,6 @@ from streammerge import (
     screen,
     turns,
 )
-from streammerge.engine import Engine
 from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.merging import check_cap, check_method
@@ -115,7 +114,9 @@ class Daemon:
 
     def _serve(self, server: Server) -> None:
         try:
-            self.merge = recovery.open_merge(self.config, self._engine(), self.metrics)
+            self.merge = recovery.open_merge(
+                self.config, recovery.engine_of(self.config, self._beat, self._progress), self.metrics
+            )
         except Stopped:
             return
         threads = []
@@ -140,15 +141,6 @@ class Daemon:
             self._drain([*threads, *self._fetchers.values()])
             server.stop()  # before the ledger: it reads it
             self.merge.ledger.close()
-
-    def _engine(self) -> Engine:
-        return Engine(
-            device=self.config.device,
-            threads=self.config.threads,
-            residency=self.config.residency,
-            beat=self._beat,
-            progress=self._progress,
-        )
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
@@ -343,7 +335,7 @@ class Daemon:
             self._fold_bytes = 0
             if turns.work_once(merge, self.sources, fetched_elsewhere=self._remote()):
                 self.news_there.set()
-            elif not turns.check_another(merge, unchecked):
+            elif not (turns.prepare_another(merge) or turns.check_another(merge, unchecked)):
                 self.work_there.wait(IDLE_SECONDS)
 
         self._for_ever(turn)

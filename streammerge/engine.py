@@ -9,10 +9,11 @@ computing. Knows nothing of versions, sources or verdicts: what it measures it r
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -28,6 +29,7 @@ from streammerge.rendering import Finishing, Model, Rendered, Rendering
 from streammerge.state import (
     STATISTICS,
     Resident,
+    SlotFiles,
     State,
     StateShard,
     appended,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from streammerge.arriving import Incoming
     from streammerge.folding import Piece
     from streammerge.methods import Slots
+    from streammerge.prepared import Prepared
     from streammerge.state import Figures
 
 
@@ -77,12 +80,13 @@ class Engine:
         device: str = "auto",
         threads: int | None = None,
         residency: str = "auto",
+        prepared: Prepared | None = None,
         beat: Callable[[], None] = lambda: None,
         progress: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
         """`beat` is called between weights and panels and may raise errors.Stopped.
 
-        `progress` is told how many bytes were read.
+        `prepared` keeps what `prepare_next` computes; `progress` is told how many bytes were read.
         """
         allocator.keep_small_buffers()
         self.device = choose_device(device)
@@ -94,6 +98,7 @@ class Engine:
         self.beat = beat
         self.progress = progress
         self._resident = Resident()
+        self._prepared = prepared
         self._passed = 0
         self._proven_base = ""  # stamp of the base as it was last read whole and found to be the store's
 
@@ -197,7 +202,14 @@ class Engine:
             self._resident.disown(forget=not keep and resident is None)
             put = self._put if keep else None
             folding = Folding(
-                arriving, base, again, self._pass, self.progress, put, settle=self._settle_threads
+                arriving,
+                base,
+                again,
+                self._pass,
+                self.progress,
+                put,
+                settle=self._settle_threads,
+                prepared=self._prepared_for(recipe, old),
             )
             model = Model(base, recipe, serve.out) if serve is not None else None
             if serve is not None and model is not None:
@@ -220,6 +232,48 @@ class Engine:
             self._resident.own(out)
         rendered = model.finished() if model is not None else None
         return Folded(State(out, hashes, old.totals), folding.measured, rendered)
+
+    def _prepared_for(self, recipe: Recipe, state: State) -> Callable[[str], Slots | None]:
+        """Give what was derived from this state, where it was."""
+        if self._prepared is None or not (key := self._preparation(recipe, state)):
+            return lambda _name: None
+        self._prepared.begin(key, _matrices(recipe))
+        return self._prepared.get
+
+    def _preparation(self, recipe: Recipe, state: State) -> str:
+        """Know by what a state's derived data are the same to the bit; "" where none are ever."""
+        if not state.digest or not state.has_slots() or not hasattr(methods.load(recipe.method), "prepare"):
+            return ""
+        how = (recipe.method, sorted(recipe.knobs.items()), self.threads, str(self.device), torch.__version__)
+        return hashlib.sha256(repr((state.digest, how)).encode()).hexdigest()[:32]
+
+    def prepare_next(self, recipe: Recipe, state: State) -> bool:
+        """Derive what the next fold will need of one weight; False where nothing is left to do or to keep."""
+        if self._prepared is None or not (key := self._preparation(recipe, state)):
+            return False
+        names = _matrices(recipe)
+        self._prepared.begin(key, names)
+        if (name := self._prepared.missing(names)) is None:
+            return False
+        self._settle_threads()
+        prepare = cast("Any", methods.load(recipe.method)).prepare
+        resident = self._resident if self._resident.holds(state) else None
+        with self._open_base(recipe) as base, SlotFiles(state, resident) as files:
+            entry = base.entries[name]
+            layout = recipe.layout(entry, state.totals.count)
+            read = files.read(name, 0, entry.elements, layout, whole=True)
+            slots = {slot: values.to(self.device) for slot, values in read.items()}
+            first = next(iter(slots.values()))
+            derived: Slots = {}
+            if bool(first.any()) and math.isfinite(linalg.dot32(first, first)):
+                found = prepare(slots, **methods.accepted(prepare, recipe.knobs))
+                derived = {key: values.cpu() for key, values in found.items() if key not in slots}
+        self._prepared.put(name, names.index(name), derived)
+        return True
+
+    def give_back_disk(self) -> bool:
+        """Remove what `prepare_next` keeps on disk; False where there was nothing."""
+        return self._prepared is not None and self._prepared.clear()
 
     def _put(self, slot: str, name: str, start: int, elements: int, values: Tensor) -> None:
         """Keep a part of the new state in memory."""
@@ -354,6 +408,11 @@ def choose_device(name: str) -> torch.device:
             hint="use device: auto",
         )
     return device
+
+
+def _matrices(recipe: Recipe) -> list[str]:
+    """List the weights that the method sees as matrices."""
+    return [name for name in recipe.plan.merged if recipe.needs_spectra(name)]
 
 
 def renders_at_once(recipe: Recipe, serve: Serve) -> bool:

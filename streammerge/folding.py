@@ -74,6 +74,7 @@ class Piece:
     delta     computes the fine-tune's delta of the base's values as float32; None where nothing is folded
     slots     the old state's
     source    where those lay
+    prepared  what was derived from them before, where it was
     """
 
     name: str
@@ -83,6 +84,7 @@ class Piece:
     delta: Read | None = None
     slots: Slots = field(default_factory=dict)
     source: str = ""
+    prepared: Slots | None = None
     sidecar: Tensor | None = None
     cuts: Cuts = ((), ())
 
@@ -99,6 +101,7 @@ class Folding:
     serve   renders what is folded into the model to be: a piece, its base as float32, its new slots, its
             figures; or None where rendering must wait until all is folded
     settle  is told before each piece whether it is a whole matrix
+    prepared  gives what was derived from a weight's old slots before, if it was
     """
 
     arriving: Arriving
@@ -109,6 +112,7 @@ class Folding:
     put: Callable[[str, str, int, int, Tensor], None] | None = None
     serve: Callable[[Piece, Slots, Figures], None] | None = None
     settle: Callable[[bool], None] = lambda _whole: None
+    prepared: Callable[[str], Slots | None] = lambda _name: None
     measured: Measured = field(default_factory=Measured)
 
     def shard(self, names: Iterable[str], shard: StateShard) -> None:
@@ -135,8 +139,9 @@ class Folding:
                 delta = self.arriving.read(name, start, stop)
                 self.read((stop - start) * DTYPES[entry.dtype].itemsize)
                 slots = shard.read(name, start, stop, whole=whole)
+                prepared = self.prepared(name) if whole else None
                 sidecar = self.arriving.sidecar(name, start, stop)
-                yield Piece(name, start, stop, original, delta, slots, shard.source, sidecar, cuts)
+                yield Piece(name, start, stop, original, delta, slots, shard.source, prepared, sidecar, cuts)
 
     def _fold(self, piece: Piece, shard: StateShard) -> None:
         """Fold one piece, and hand on what came of it."""
@@ -158,7 +163,7 @@ class Folding:
         figures = statistics_of(delta, entry.shape, squares, is_spectral=is_spectral)
         slots = {slot: values.to(arriving.device) for slot, values in piece.slots.items()}
         arrival = arriving.arrival(entry, piece.start, delta, piece.sidecar, piece.cuts)
-        new = self._step(slots, piece.source, arrival, squares, whole=whole)
+        new = self._step(slots, piece, arrival, squares, whole=whole)
         del delta, arrival, slots
         shard.write(name, new)
         for slot, values in new.items() if self.put is not None else ():
@@ -168,18 +173,21 @@ class Folding:
         so_far = self.measured.statistics.get(name)
         self.measured.statistics[name] = figures if so_far is None else combine(so_far, figures)
 
-    def _step(self, slots: Slots, source: str, arrival: Arrival, squares: float, *, whole: bool) -> Slots:
-        """Run the method on one weight or panel and take the health figures; `source` is where slots lay."""
+    def _step(self, slots: Slots, piece: Piece, arrival: Arrival, squares: float, *, whole: bool) -> Slots:
+        """Run the method on one weight or panel and take the health figures."""
         recipe, measured = self.arriving.recipe, self.measured
         method = methods.load(recipe.method)
         first = next(iter(slots))
         old = slots[first]
         old_squares = linalg.dot32(old, old)
         if not math.isfinite(old_squares):
-            raise Damaged(f"{arrival.name} in {source} is NaN or infinite", hint=ROLL_BACK)
+            raise Damaged(f"{arrival.name} in {piece.source} is NaN or infinite", hint=ROLL_BACK)
         prepare = getattr(method, "prepare", None)
         if prepare and whole and squares and old_squares:
-            slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
+            if piece.prepared is None:
+                slots = prepare(slots, **methods.accepted(prepare, recipe.knobs))
+            else:
+                slots |= {key: values.to(old.device) for key, values in piece.prepared.items()}
         step = cast("Any", method).unfold if self.arriving.is_leaving else method.fold
         new: Slots = step(slots, arrival, **methods.accepted(step, recipe.knobs))
         self.arriving.beat()

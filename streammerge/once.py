@@ -51,7 +51,7 @@ def run_once(config: Config) -> None:
         asked_to_stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
         beat = partial(raise_if_set, asked_to_stop)
-        engine = Engine(device=config.device, threads=config.threads, residency=config.residency, beat=beat)
+        engine = recovery.engine_of(config, beat)
         metrics = Metrics(screen.REASONS)
         metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
         merge = recovery.open_merge(config, engine, metrics)

@@ -20,7 +20,7 @@ from streammerge.aside import RETRY_SECONDS, remove_fetched, set_aside
 from streammerge.card import card
 from streammerge.collect import tidy
 from streammerge.engine import Serve
-from streammerge.errors import ConfigError, Refused, Stopped, TryAgain
+from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain
 from streammerge.fetching import bring_in, identify, published
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
@@ -428,13 +428,14 @@ def next_version(merge: Merge) -> int:
 
 
 def require_space(merge: Merge, purpose: str) -> None:
-    """Raise NoSpace before work that the disk cannot hold."""
-    files.require_space(
-        merge.store.root,
-        reports.version_bytes(merge.store.read_settings()),
-        reserve_bytes=merge.config.reserve,
-        purpose=purpose,
-    )
+    """Raise NoSpace before work that the disk cannot hold; what was only prepared gives way first."""
+    needed = reports.version_bytes(merge.store.read_settings())
+    try:
+        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+    except NoSpace:
+        if not merge.engine.give_back_disk():
+            raise
+        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
     merge.full_disk = ""
 
 

@@ -13,20 +13,38 @@ import structlog
 
 from streammerge import files, methods, pipeline, promote, reports, snapshots
 from streammerge.collect import tidy_inbox
+from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
 from streammerge.ledger import Ledger, now
 from streammerge.merging import Merge, added_globs, check_cap, check_method, recipe_of, settings_of
 from streammerge.plan import Recipe, idle_globs
+from streammerge.prepared import Prepared
 from streammerge.weights import Weights, identity
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from streammerge.config import Config
-    from streammerge.engine import Engine
     from streammerge.metrics import Metrics
     from streammerge.snapshots import Snapshot, Store
 
 log = structlog.get_logger()
+
+
+def engine_of(
+    config: Config, beat: Callable[[], None], progress: Callable[[int], None] = lambda _bytes: None
+) -> Engine:
+    """Give the engine that folds for a store."""
+    folder = snapshots.Store(config.store).prepared
+    return Engine(
+        device=config.device,
+        threads=config.threads,
+        residency=config.residency,
+        prepared=Prepared(folder, config.prepare.memory, config.prepare.disk),
+        beat=beat,
+        progress=progress,
+    )
 
 
 def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: bool = False) -> Merge:

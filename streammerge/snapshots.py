@@ -63,6 +63,11 @@ class Store:
         return self.root / "snapshots"
 
     @property
+    def prepared(self) -> Path:
+        """Derived from head's state while idle; may be deleted at any time."""
+        return self.root / "prepared"
+
+    @property
     def current(self) -> Path:
         """The symlink to the snapshot being served."""
         return self.root / "current"

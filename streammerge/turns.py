@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import aside, operations, pipeline, reconcile, recovery, reports, snapshots
+from streammerge import aside, files, operations, pipeline, reconcile, recovery, reports, snapshots
 from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
@@ -85,6 +85,18 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
             marked[version] = exc.message
     recovery.mark_damaged(merge, marked)
     return True
+
+
+def prepare_another(merge: Merge) -> bool:
+    """Derive from head's state what the next fold will need of one weight; False if nothing is left to do."""
+    if merge.held or merge.full_disk:
+        return False
+    with suppress(TryAgain, OSError):  # a full disk, a base that is away: the next fold will say so
+        needed = reports.version_bytes(merge.store.read_settings())
+        purpose = "preparing"
+        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+        return merge.engine.prepare_next(merge.recipe, merge.state_of(merge.head))
+    return False
 
 
 def fetch_once(merge: Merge, source: Source) -> bool:
