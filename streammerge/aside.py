@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files
-from streammerge.errors import NoSpace, RateLimited, Withheld
+from streammerge.errors import NoDeviceMemory, NoSpace, RateLimited, Withheld
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
     )
     merge.full_disk = why.message if isinstance(why, NoSpace) else ""
     merge.metrics.folds.labels("abandoned").inc()
+    merge.metrics.device_full.inc(isinstance(why, NoDeviceMemory))
     log.warning(
         "finetune.put_back",
         source=row["source"],

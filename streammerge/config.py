@@ -212,7 +212,7 @@ class Cap(Section):
         default="interference", description="how the bound is found"
     )
     strength: float = Field(
-        default=1.0, gt=0, le=100, description="multiplies the bound at level interference"
+        default=0.93, gt=0, le=100, description="multiplies the bound at level interference"
     )
     kappa: float = Field(
         default=0.6, gt=0, le=100, description="the bound in units of a fine-tune's own, at level fixed"

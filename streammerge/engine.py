@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,10 +19,11 @@ import torch
 
 from streammerge import allocator, linalg, methods, plan
 from streammerge.arriving import Arriving
-from streammerge.errors import ConfigError, Damaged, Refused, TryAgain
+from streammerge.errors import ConfigError, Damaged, NoDeviceMemory, Refused, TryAgain
 from streammerge.folding import Folding, Measured
 from streammerge.furnish import read_config
 from streammerge.headers import Incomplete, find
+from streammerge.lanes import Lane
 from streammerge.methods import Totals
 from streammerge.plan import Recipe
 from streammerge.rendering import Finishing, Model, Rendered, Rendering
@@ -190,13 +191,20 @@ class Engine:
     ) -> Folded:
         """Run every weight through the method, into a state of `count` fine-tunes: one more, or one less."""
         self._settle_threads()
+        lane = Lane(self.device)
+        incoming.finetune.bring(lane)
         resident = self._resident if self._resident.holds(old) else None
         hashes: dict[str, str] = {}
         before = old.totals.count
         arriving = Arriving(
             recipe, incoming, min(count, before), self.device, self.beat, is_leaving=count < before
         )
-        with self._open_base(recipe, hashing=True) as base, self._open_base(recipe) as again:
+        with (
+            self._device_memory(),
+            self._open_base(recipe, hashing=True) as base,
+            self._open_base(recipe) as again,
+        ):
+            base.bring = again.bring = lane
             arriving.survey(again)
             keep = self._keeps_state(recipe, base, count)
             self._resident.disown(forget=not keep and resident is None)
@@ -222,7 +230,7 @@ class Engine:
                     for folds in (before, count)
                 ]
                 with ExitStack() as stack:
-                    shard = stack.enter_context(StateShard(old, out, number, layouts, resident))
+                    shard = stack.enter_context(StateShard(old, out, number, layouts, resident, lane))
                     if model is not None:
                         stack.enter_context(model.shard(number))
                     folding.shard(names, shard)
@@ -334,6 +342,8 @@ class Engine:
             if not is_proven:
                 base = stack.enter_context(self._open_base(recipe, hashing=True))
             resident = self._resident if self._resident.holds(state) else None
+            stack.enter_context(self._device_memory())
+            base.bring = again.bring = Lane(self.device)
             rendering = Rendering(recipe, state, finish, again, resident, self.device)
             rendering.open(stack, folded, self.beat)
             model = Model(base, recipe, out, dtype)
@@ -365,6 +375,23 @@ class Engine:
             for start, stop in rendering.parts(of):
                 original = self._pass(base.read(name, start, stop))
                 yield name, start, stop, original, rendering.slots(of, start, stop)
+
+    @contextmanager
+    def _device_memory(self) -> Iterator[None]:
+        """Where the GPU's memory does not suffice, keep no state there any more and have it tried again."""
+        try:
+            yield
+        except torch.OutOfMemoryError as exc:
+            self._resident.disown(forget=True)
+            was, self.residency = self.residency, "disk"
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise NoDeviceMemory(
+                f"{self.device} is out of memory: {str(exc).partition('.')[0]}",
+                hint="use device: cpu, or a GPU that holds the largest weights"
+                if was == "disk"
+                else "from now on the state is read from disk at every fold",
+            ) from exc
 
     def _settle_threads(self, is_whole: bool = True) -> None:  # noqa: FBT001, FBT002 -- a callback's one fact
         """Use the agreed number of threads for matrices, in this thread too; one for panels.

@@ -58,6 +58,10 @@ class Locked(TryAgain):
     """Another process holds the store's writer lock."""
 
 
+class NoDeviceMemory(TryAgain):
+    """The GPU's memory did not suffice; it goes on with less of it."""
+
+
 class Stopped(TryAgain):
     """A stop was asked for in the middle of work that leaves no trace."""
 

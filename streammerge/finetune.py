@@ -17,7 +17,7 @@ from streammerge.sidecar import Sidecar
 from streammerge.weights import Weights, digest_with
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
@@ -38,6 +38,7 @@ class Deltas(Protocol):
     ) -> None:
         """Close the files."""
 
+    weights: Weights
     in_panels: bool  # whether a projected weight too may be asked for in parts
 
     def read(self, name: str, start: int, stop: int) -> Read:
@@ -71,6 +72,10 @@ class FineTune:
         self._deltas.__exit__(kind, error, trace)
         if self.sidecar is not None:
             self.sidecar.weights.__exit__(kind, error, trace)
+
+    def bring(self, lane: Callable[[Tensor], Tensor]) -> None:
+        """Have all that is read from now on brought somewhere."""
+        self._deltas.weights.bring = lane
 
     @contextmanager
     def rereading(self) -> Iterator[None]:

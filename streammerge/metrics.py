@@ -157,6 +157,9 @@ class Metrics:
     def _declare_folds(self, at: CollectorRegistry) -> None:
         """Folding: stages, progress, and the figures of the merge."""
         self.folds = Counter("streammerge_folds_total", "Folds by result", ["result"], registry=at)
+        self.device_full = Counter(
+            "streammerge_device_out_of_memory_total", "Folds that the GPU had no memory for", registry=at
+        )
         self.stage_seconds = Histogram(
             "streammerge_stage_duration_seconds",
             "Time of one stage of a journey",

@@ -22,7 +22,7 @@ from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config import DirectorySource
 from streammerge.engine import Engine, Serve
-from streammerge.errors import ConfigError, Refused
+from streammerge.errors import ConfigError, NoDeviceMemory, Refused
 from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
@@ -155,7 +155,12 @@ def _merge_in(
     for number, (path, factor) in enumerate(zip(request.fine_tunes, request.factors, strict=True), 1):
         progress.update(bar, description=f"folding {path.name}")
         is_last = number == len(request.fine_tunes) and dtype is None
-        rendered = job.fold(path, factor, work / "model" if is_last else None)
+        model = work / "model" if is_last else None
+        try:
+            rendered = job.fold(path, factor, model)
+        except NoDeviceMemory as exc:
+            warn(f"{exc.message}; {exc.hint}")
+            rendered = job.fold(path, factor, model)
     if rendered is None:
         progress.update(bar, description="writing the model")
         rendered = job.render(work / "model", dtype)
@@ -236,7 +241,9 @@ class Job:
         can; else None is given, and `render` does it.
         """
         out = self.work / f"state-{len(self.folded) + 1}"
-        out.mkdir()
+        for folder in (out, *([model] if model is not None else [])):
+            shutil.rmtree(folder, ignore_errors=True)  # what an earlier try left
+            folder.mkdir()
         try:
             digest = self._digest(path)
             with self.opened(path) as finetune:

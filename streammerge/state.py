@@ -19,7 +19,7 @@ from streammerge.headers import CODES, Incomplete, WeightsSet
 from streammerge.weights import Weights, Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -112,10 +112,11 @@ class StateShard:
         number: int,
         layouts: Sequence[Mapping[str, Layout]],
         resident: Resident | None,
+        lane: Callable[[Tensor], Tensor],
     ) -> None:
         """`layouts` say, before and after, what is remembered of each weight, in the order of processing.
 
-        With `resident` the old values come from memory.
+        With `resident` the old values come from memory, else they are brought along `lane`.
         """
         self.hashes: dict[str, str] = {}
         self._before, self._after = layouts
@@ -126,6 +127,7 @@ class StateShard:
             for slot, declared in _declared(self._before).items():
                 if old.has_slots() and resident is None:
                     reader = open_sealed(old, self._file(slot), declared)
+                    reader.bring = lane
                     self._readers[slot] = self._stack.enter_context(reader)
             for slot, declared in _declared(self._after).items():
                 self._writers[slot] = self._stack.enter_context(Writer(out / self._file(slot), declared))

@@ -24,6 +24,7 @@ import torch
 
 from streammerge.errors import Refused, TryAgain
 from streammerge.headers import DTYPES, Entry, WeightsSet, find, parse_header
+from streammerge.lanes import homeward
 from streammerge.pagecache import NewFile, Trail
 from streammerge.streams import Behind
 
@@ -59,6 +60,7 @@ class Weights:
         self._stack.callback(self._hashing.close)
         self._hashes: dict[str, _Running] | None = {} if hashing else None
         self.entries: dict[str, Entry] = {}
+        self.bring: Callable[[Tensor], Tensor] | None = None  # where to, once read; a lane, mostly
         self._file: _Running | None = None
         try:
             for number, path in enumerate(found.files):
@@ -131,7 +133,8 @@ class Weights:
             self._hashes.setdefault(name, _Running()).feed(start, last, buffer, self._hashing)
         if self._file is not None:
             self._file.feed(offset, offset + len(buffer), buffer, self._hashing)
-        return flat.reshape(entry.shape) if stop is None else flat
+        there = self.bring(flat) if self.bring is not None else flat
+        return there.reshape(entry.shape) if stop is None else there
 
     @contextmanager
     def unhashed(self) -> Iterator[None]:
@@ -276,7 +279,8 @@ class Writer:
         if values.numel():
             flat = values.reshape(-1).to(DTYPES[dtype]).contiguous()
             size = flat.numel() * flat.element_size()
-            self._behind(lambda: self._append(bytes_of(flat.cpu())), size)
+            bring = homeward(flat)
+            self._behind(lambda: self._append(bytes_of(bring())), size)
         if values.numel() < elements:
             self._remaining.append((name, dtype, elements - values.numel()))
 

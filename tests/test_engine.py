@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import models
 import pytest
 import torch
 from benches import PLAIN, bench, contents, equal, fine_tunes, merge
 from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, PROJECTED, SQUARE, TALL, WIDE
+from rich.console import Console
 
-from streammerge import finalize, methods, screen
-from streammerge.errors import Damaged, Refused
+from streammerge import finalize, methods, offline, screen
+from streammerge.engine import Engine
+from streammerge.errors import Damaged, NoDeviceMemory, Refused
 from streammerge.headers import DTYPES, find
 from streammerge.state import STATISTICS
 from streammerge.weights import Weights, element_panels
@@ -343,3 +345,52 @@ def test_any_render_dtype_loads_in_safetensors(
     with Weights(find(out)) as weights:
         for entry in weights.entries.values():
             assert entry.start % DTYPES[entry.dtype].itemsize == 0, entry
+
+
+# ------------------------------------------------------------------------------------------ memory of a device
+
+
+def test_a_device_without_memory_goes_on_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that does not fit is kept on disk from then on: the fold is tried again, to the same bits."""
+    base = models.make_base(tmp_path / "base")
+    for i in range(2):
+        models.make_fine_tune(tmp_path / f"ft{i}", base, seed=i)
+    plain = bench(tmp_path / "plain", tmp_path / "base")
+    run = bench(tmp_path / "run", tmp_path / "base", residency="host")
+    for one in (plain, run):
+        one.fold(tmp_path / "ft0")
+    plain.fold(tmp_path / "ft1")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.engine, "_put", full)
+        with pytest.raises(NoDeviceMemory, match="CUDA out of memory") as raised:
+            run.fold(tmp_path / "ft1")
+    assert "disk" in raised.value.hint
+    assert run.engine.residency == "disk"
+    shutil.rmtree(tmp_path / "run" / "state-2")
+    run.fold(tmp_path / "ft1")
+    assert run.state.hashes == plain.state.hashes
+
+
+def test_merge_goes_on_when_a_device_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`streammerge merge` warns, folds again and gives what it gives elsewhere."""
+    base = models.make_base(tmp_path / "base")
+    models.make_fine_tune(tmp_path / "ft", base, seed=1)
+    fold, failures, warnings = Engine.fold, [1], list[str]()
+
+    def first_full(self: Engine, *given: Any) -> Any:
+        found = fold(self, *given)
+        if failures:
+            failures.pop()
+            raise NoDeviceMemory("cuda is out of memory", hint="the state is read from disk")
+        return found
+
+    monkeypatch.setattr(Engine, "fold", first_full)
+    for name in ("one", "other"):
+        request = offline.Request(tmp_path / "base", (tmp_path / "ft",), tmp_path / name, device="cpu")
+        offline.merge(request, warn=warnings.append, console=Console(quiet=True))
+    assert warnings == ["cuda is out of memory; the state is read from disk"]
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")

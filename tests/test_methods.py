@@ -303,7 +303,7 @@ def spectral_cap(
     factors: list[float],
     *,
     level: str = "interference",
-    strength: float = 1.0,
+    strength: float = 0.93,
     kappa: float = 0.6,
     beta: float = 2.0,
 ) -> Model:

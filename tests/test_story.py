@@ -95,7 +95,7 @@ def check_reports(site: Site, daemon: Daemon) -> None:
     assert folder.name == f"000003-{status['current']['digest'][:12]}"
     counted = (status["count"], status["pending"], status["held"], status["method"])
     assert counted == (3, 0, None, "spectral_cap")
-    assert status["knobs"] == {"level": "interference", "strength": 1.0, "kappa": 0.6, "beta": 2.0}
+    assert status["knobs"] == {"level": "interference", "strength": 0.93, "kappa": 0.6, "beta": 2.0}
     assert [(s["name"], s["state"]) for s in status["sources"]] == [("team", "ok")]
     assert status["sources"][0]["last_success"] > manifest.get("none", "")
     assert [(t["name"], t["state"], t["snapshot"]) for t in status["targets"]] == [("hook", "confirmed", 3)]

@@ -9,6 +9,7 @@ import os
 import sys
 
 from streammerge.cli import running, reading, changing, trying  # isort: skip -- the order of --help
+from streammerge import allocator
 from streammerge.cli.console import app, report
 from streammerge.errors import StreammergeError
 
@@ -17,6 +18,7 @@ __all__ = ["changing", "main", "reading", "running", "trying"]  # importing them
 
 def main() -> None:
     """Run the command line; every expected error ends with its message, its hint and its exit code."""
+    allocator.ask_for_large_pages()
     try:
         app()
     except StreammergeError as exc:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from streammerge import configfile
 from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def print_json(value: object) -> None:
 
 def read_config(path: Path | None) -> Config:
     """Find and read the configuration."""
+    from streammerge import configfile
+
     return configfile.load(configfile.locate(path))[0]
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from streammerge import __version__, configfile
 from streammerge.cli.console import (
     ConfigOption,
     JsonOption,
@@ -36,7 +35,7 @@ def run(
     ] = False,
 ) -> None:
     """Watch the sources and keep the merged model up to date, until SIGTERM."""
-    from streammerge import logs
+    from streammerge import configfile, logs
 
     path = configfile.locate(config)
     settings = configfile.load(path)[0]
@@ -282,4 +281,6 @@ def parse_address(text: str) -> tuple[str, int]:
 @app.command()
 def version(*, as_json: JsonOption = False) -> None:
     """Print the version."""
+    from streammerge import __version__
+
     print_json({"version": __version__}) if as_json else out.print(__version__)

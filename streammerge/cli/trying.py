@@ -8,7 +8,6 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from streammerge import configfile
 from streammerge.cli.console import (
     ConfigOption,
     JsonOption,
@@ -94,7 +93,7 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
 @config_app.command("check")
 def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     """Check the configuration and the base, and say what the store will take."""
-    from streammerge import offline
+    from streammerge import configfile, offline
 
     place = configfile.locate(config)
     found = offline.check(configfile.load(place)[0])
@@ -116,6 +115,8 @@ def check_config(config: ConfigOption = None, *, as_json: JsonOption = False) ->
 @config_app.command("show")
 def show_config(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     """Print every effective value and where it came from."""
+    from streammerge import configfile
+
     settings, origins = configfile.load(configfile.locate(config))
     values = settings.model_dump(mode="json")
     if as_json:

@@ -39,7 +39,7 @@ def render(
     figures: Tensor,
     *,
     level: Level = "interference",
-    strength: Factor = 1.0,
+    strength: Factor = 0.93,
     kappa: Factor = 0.6,
     beta: Annotated[float, Ge(1.0), Le(100.0)] = 2.0,
 ) -> Tensor:
