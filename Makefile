@@ -52,8 +52,8 @@ fmt: install  ## format the code and fix what ruff can fix
 
 check: $(CHECKS)  ## style, types, layers, spelling, Dockerfile, systemd units, alert rules
 
-bench: install  ## answer each question in benchmarks/, one script after another
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: install  ## answer each question in benchmarks/, and write a dated report to benchmarks/results
+	@$(BIN)/python benchmarks
 
 TIER ?= tiny
 bench-quality: install  ## which method merges best? TIER=tiny, glyph or text

@@ -148,7 +148,8 @@ def measure(work: Path, options: argparse.Namespace) -> None:
     write_model(work / "base", table, 0)
     (work / "published").mkdir()
     (work / "streammerge.yaml").write_text(
-        f"base: ./base\nstore: ./store\nknobs: {{tail: {options.tail}}}\nkeep: 1\ngrace: 0s\nreserve: 1MB\n"
+        "base: ./base\nstore: ./store\nmethod: opcm\n"
+        f"knobs: {{tail: {options.tail}}}\nkeep: 1\ngrace: 0s\nreserve: 1MB\n"
         "sources: [{name: team, type: directory, path: ./published, settle: 0s}]\n"
     )
     run = [sys.executable, "-m", "streammerge", "run", "--once", "-c", str(work / "streammerge.yaml")]

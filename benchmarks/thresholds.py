@@ -60,7 +60,8 @@ def loop(root: Path) -> None:
 def count(root: Path, job: Job) -> float:
     """Find the threshold as the engine does before it folds."""
     with Weights(find(root / "base")) as base, job.opened(root / "tuned") as tuned:
-        arriving = Arriving(job.recipe, Incoming(tuned), 0, torch.device("cpu"), lambda: None)
+        device = torch.device("cpu")
+        arriving = Arriving(job.recipe, Incoming(tuned), 0, device, lambda: None, lambda _whole: None)
         arriving.survey(base)
     return arriving.cuts[0]
 

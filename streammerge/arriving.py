@@ -7,6 +7,7 @@ the files are read through first.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,7 @@ import torch
 from streammerge import linalg, methods, plan
 from streammerge.methods import Arrival
 from streammerge.selection import select
+from streammerge.streams import ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,6 +53,7 @@ class Arriving:
     earlier: int  # fine-tunes folded before it
     device: torch.device
     beat: Callable[[], None]
+    settle: Callable[[bool], None]  # is told whether what is computed next is a whole matrix
     is_leaving: bool = False
     cuts: tuple[float, ...] = ()
     score_cuts: tuple[float, ...] = ()
@@ -99,6 +102,7 @@ class Arriving:
     def survey(self, base: Weights) -> None:
         """Read everything through for what the method asks of the whole fine-tune. `base` is not hashed."""
         method, knobs = methods.load(self.recipe.method), self.recipe.knobs
+        self.settle(False)  # noqa: FBT003 -- a callback's one fact
         with self.incoming.finetune.rereading():
             if (ranks := getattr(method, "model_ranks", None)) is not None:
                 wanted = ranks(self.elements(base), **methods.accepted(ranks, knobs))
@@ -146,12 +150,16 @@ class Arriving:
         return (linalg.dense(delta).abs_() for _, _, _, delta in self.deltas(base, names))
 
     def deltas(self, base: Weights, names: list[str]) -> Iterator[tuple[str, int, int, Delta]]:
-        """Read these weights' deltas part by part."""
-        for name in names:
-            entry, whole = base.entries[name], self.is_whole(name)
-            for start, stop in plan.parts(entry, whole=whole):
-                original = base.read(name, start, stop).to(self.device, torch.float32)
-                if whole:
-                    original = original.reshape(entry.shape)
+        """Read these weights' deltas part by part, what comes next while one is used."""
+        with closing(ahead(self._reads(base, names), self.recipe.depth)) as reads:
+            for name, start, stop, original, read in reads:
+                whole = self.is_whole(name)
+                self.settle(whole)
                 self.beat()
-                yield name, start, stop, self.read(name, start, stop)(original)
+                values = original.to(self.device, torch.float32)
+                yield name, start, stop, read(values.reshape(base.entries[name].shape) if whole else values)
+
+    def _reads(self, base: Weights, names: list[str]) -> Iterator[tuple[str, int, int, Tensor, Read]]:
+        for name in names:
+            for start, stop in plan.parts(base.entries[name], whole=self.is_whole(name)):
+                yield name, start, stop, base.read(name, start, stop), self.read(name, start, stop)

@@ -197,7 +197,13 @@ class Engine:
         hashes: dict[str, str] = {}
         before = old.totals.count
         arriving = Arriving(
-            recipe, incoming, min(count, before), self.device, self.beat, is_leaving=count < before
+            recipe,
+            incoming,
+            min(count, before),
+            self.device,
+            self.beat,
+            self._settle_threads,
+            is_leaving=count < before,
         )
         with (
             self._device_memory(),
@@ -216,7 +222,6 @@ class Engine:
                 self._pass,
                 self.progress,
                 put,
-                settle=self._settle_threads,
                 prepared=self._prepared_for(recipe, old),
             )
             model = Model(base, recipe, serve.out) if serve is not None else None
@@ -344,7 +349,7 @@ class Engine:
             resident = self._resident if self._resident.holds(state) else None
             stack.enter_context(self._device_memory())
             base.bring = again.bring = Lane(self.device)
-            rendering = Rendering(recipe, state, finish, again, resident, self.device)
+            rendering = Rendering(recipe, state, finish, again, resident, self.device, self._settle_threads)
             rendering.open(stack, folded, self.beat)
             model = Model(base, recipe, out, dtype)
             for number, names in enumerate(model.shards()):

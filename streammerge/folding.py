@@ -100,7 +100,6 @@ class Folding:
     put     keeps a part of the new state: slot, weight, first element, elements in all, values; or None
     serve   renders what is folded into the model to be: a piece, its base as float32, its new slots, its
             figures; or None where rendering must wait until all is folded
-    settle  is told before each piece whether it is a whole matrix
     prepared  gives what was derived from a weight's old slots before, if it was
     """
 
@@ -111,7 +110,6 @@ class Folding:
     read: Callable[[int], None]
     put: Callable[[str, str, int, int, Tensor], None] | None = None
     serve: Callable[[Piece, Slots, Figures], None] | None = None
-    settle: Callable[[bool], None] = lambda _whole: None
     prepared: Callable[[str], Slots | None] = lambda _name: None
     measured: Measured = field(default_factory=Measured)
 
@@ -148,7 +146,7 @@ class Folding:
         name, arriving = piece.name, self.arriving
         entry, whole = self.base.entries[name], arriving.is_whole(name)
         assert piece.delta is not None
-        self.settle(whole)
+        arriving.settle(whole)
         original = piece.original.to(arriving.device, torch.float32)
         delta = piece.delta(original.reshape(entry.shape) if whole else original)
         del original

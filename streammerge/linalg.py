@@ -120,8 +120,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 def dot32(a: Tensor, b: Tensor) -> float:
     """Sum of a * b, blocks of DOT_ELEMENTS in float32 and their sums in float64: for lengths and health.
 
-    Within 1e-6 of |a| |b|, at the speed of the memory; `dot` is for where differences of sums matter. Its
-    bits do not depend on the number of threads.
+    Within 1e-6 of |a| |b|, at the speed of the memory; `dot` is for where differences of sums matter.
     """
     if a.device.type != "cpu":
         return dot(a, b)

@@ -6,6 +6,7 @@ behind it unless it was cached before, and what it writes goes past the cache wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 2 << 20
 TRAIL_BYTES = 16 << 20
-PROBES = 8
+LARGE_PAGE_BYTES = 2 << 20
+LOWEST_BIT = bytes(number & 1 for number in range(256))
+MAP_FAILED = ctypes.c_void_p(-1).value
+LIBC = ctypes.CDLL(None)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 
 
 class Trail:
@@ -33,29 +39,35 @@ class Trail:
     def read(self, start: int, stop: int) -> None:
         """Bytes [start, stop) were read; what lies behind is dropped now and then, for at once is slow."""
         self._low, self._high = min(self._low, start), max(self._high, stop)
-        if self._high - self._low >= TRAIL_BYTES:
-            self.end()
+        if self._high - self._low >= TRAIL_BYTES and not self._is_kept:
+            start = self._low // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES  # a large page goes whole or not at all
+            os.posix_fadvise(self._descriptor, start, self._high - start, os.POSIX_FADV_DONTNEED)
+            self._low = self._high
 
     def end(self) -> None:
-        """Drop what was read since the last time."""
-        if not self._is_kept and self._high > self._low:
-            start = self._low // mmap.PAGESIZE * mmap.PAGESIZE
-            os.posix_fadvise(self._descriptor, start, self._high - start, os.POSIX_FADV_DONTNEED)
-        self._low = self._high
+        """Nothing more is read."""
+        if not self._is_kept and self._high:
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def is_cached(descriptor: int) -> bool:
-    """Whether at least half of an open file seems to lie in the page cache; True where it cannot be told."""
-    step = max(os.fstat(descriptor).st_size // PROBES, 1)
-    found, byte = 0, bytearray(1)
-    for number in range(PROBES):
-        try:
-            found += os.preadv(descriptor, [byte], number * step, os.RWF_NOWAIT)
-        except BlockingIOError:
-            continue
-        except OSError:
+    """Whether at least half of an open file lies in the page cache; True where it cannot be told.
+
+    Asked of the kernel without reading a byte, which would start reading ahead (mmap(2), mincore(2)).
+    """
+    size = os.fstat(descriptor).st_size
+    if not size:
+        return True
+    address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    if address in (None, MAP_FAILED):
+        return True
+    try:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        if LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages):
             return True
-    return found * 2 >= PROBES
+        return sum(bytes(pages).translate(LOWEST_BIT)) * 2 >= len(pages)
+    finally:
+        LIBC.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
 
 
 class NewFile:

@@ -99,6 +99,7 @@ class Rendering:
     base: Weights
     resident: Resident | None
     device: torch.device
+    settle: Callable[[bool], None]
     _finishing: Finishing = field(init=False)
     _slots: SlotFiles | None = None
     _figures: dict[str, Tensor] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class Rendering:
         """Keep every fine-tune at hand, with its order statistics."""
         for number, incoming in enumerate(folded):
             stack.enter_context(incoming.finetune.rereading())
-            arriving = Arriving(self.recipe, incoming, number, self.device, beat)
+            arriving = Arriving(self.recipe, incoming, number, self.device, beat, self.settle)
             arriving.survey(self.base)
             self._again.append(arriving)
         for arriving in self._again:
@@ -220,8 +221,8 @@ class Model:
         squares = linalg.dot32(delta, delta) if delta is not None else 0.0
         if delta is not None and squares:
             exact = original.to(delta.device, torch.promote_types(original.dtype, torch.float32)).reshape(-1)
-            is_copy = exact.data_ptr() != original.data_ptr()  # what was read may still be hashed
-            values = exact.add_(delta.reshape(-1)) if is_copy else exact + delta.reshape(-1)
+            added = delta.reshape(-1)
+            values = torch.where(added == 0, exact, exact + added)  # -0.0 + 0.0 would be 0.0
         if name not in self._recipe.plan.tied:
             self._squares += squares
         if dtype.is_floating_point and (dtype != original.dtype or squares) and not _fits(values, dtype):

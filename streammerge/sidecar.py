@@ -97,7 +97,7 @@ class Sidecar:
         for name in self._plan.merged:
             for start, stop in element_panels(self._base[name].elements):
                 values = self.read(name, start, stop)
-                squares += linalg.dot(values, values) if values is not None else 0.0
+                squares += linalg.dot32(values, values) if values is not None else 0.0
                 beat()
         return math.sqrt(squares)
 

@@ -263,7 +263,11 @@ class Writer:
 
     def __enter__(self) -> Self:
         self._file = NewFile(self.path, self._size)
-        self._append(self._head)
+        try:
+            self._append(self._head)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def write(self, name: str, values: Tensor) -> None:

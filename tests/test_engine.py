@@ -347,7 +347,7 @@ def test_any_render_dtype_loads_in_safetensors(
             assert entry.start % DTYPES[entry.dtype].itemsize == 0, entry
 
 
-# ------------------------------------------------------------------------------------------ memory of a device
+# ----------------------------------------------------------------------------------------- memory of a device
 
 
 def test_a_device_without_memory_goes_on_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from benches import PLAIN, bench_of, contents, equal, fine_tunes, open_files, sh
 from models import BIAS, EMBEDDING, NORM, PROJECTED, SQUARE, TALL, WIDE
 from safetensors.torch import load_file, save_file
 
-from streammerge import finalize, methods, plan
+from streammerge import finalize, methods, plan, weights
 from streammerge.arriving import Incoming
 from streammerge.config import Cap, Lines
 from streammerge.engine import Serve
@@ -29,10 +29,11 @@ from streammerge.errors import ConfigError, Refused, Stopped
 from streammerge.headers import find
 from streammerge.methods import Arrival, Totals, Weight
 from streammerge.state import STATISTICS
+from streammerge.streams import Behind
 from streammerge.weights import PANEL_ELEMENTS, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from benches import Bench
@@ -73,7 +74,7 @@ def fold_and_serve(
     with run.opened(path) as finetune:
         incoming = Incoming(finetune, digest, factor)
         folded = run.engine.fold(run.recipe, incoming, run.state, run._next(), Serve(out, finish))
-        finetune.finish()
+        assert finetune.finish() == weights.identity(path, sidecar=methods.sidecar(run.recipe.method))
     run.folded.append((path, factor, digest))
     run._seal(folded.state)
     return folded
@@ -317,10 +318,8 @@ def test_a_fine_tune_that_is_bad_at_its_end_leaves_no_thread(
         for name in ("run", "other")
     )
     first, bad, second = fine_tunes(tmp_path, base)
-    with Weights(find(tmp_path / "base")) as weights:
-        last = [name for names in plan.shards(weights) for name in names if base[name].is_floating_point()][
-            -1
-        ]
+    with Weights(find(tmp_path / "base")) as found:
+        last = [name for names in plan.shards(found) for name in names if base[name].is_floating_point()][-1]
     tensors = models.load(bad)
     tensors[last].view(-1)[-1] = float("nan")
     models.save(bad, tensors)
@@ -581,6 +580,33 @@ def test_the_bits_do_not_depend_on_timing(
     delays = dawdle(monkeypatch, "preadv", 0), dawdle(monkeypatch, "write", 1)
     assert folded_and_served(tmp_path / "late", tmp_path / "base", method, paths) == expected
     assert all(map(any, delays))
+
+
+class Late(Behind):
+    """Makes every call some time after it was asked to."""
+
+    def __call__(self, function: Callable[[], None], size: int) -> None:
+        def call() -> None:
+            time.sleep(0.003)
+            function()
+
+        super().__call__(call, size)
+
+
+@pytest.mark.parametrize("method", ["average", "magmax", "fisher", "spectral_cap", "opcm", "tsvm"])
+def test_what_is_read_may_be_hashed_and_written_late(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is changed in place that is still to be hashed or written, float32 throughout included."""
+    draw = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(200, 150, generator=draw) for name in (SQUARE, EMBEDDING)}
+    models.save(tmp_path / "base", base)
+    paths = fine_tunes(tmp_path, base, 2)
+    expected = folded_and_served(tmp_path / "run", tmp_path / "base", method, paths, residency="host")
+    monkeypatch.setattr(weights, "Behind", Late)
+    assert expected == folded_and_served(
+        tmp_path / "late", tmp_path / "base", method, paths, residency="host"
+    )
 
 
 @pytest.mark.usefixtures("_small_panels")

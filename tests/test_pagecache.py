@@ -24,7 +24,7 @@ from benches import PLAIN, bench_of
 from streammerge import files, pagecache
 from streammerge.engine import Engine
 from streammerge.headers import find
-from streammerge.pagecache import BUFFER_BYTES, PROBES, TRAIL_BYTES, NewFile
+from streammerge.pagecache import BUFFER_BYTES, TRAIL_BYTES, NewFile
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
@@ -80,9 +80,20 @@ def empty_cache(path: Path) -> None:
 
 
 def fill_cache(path: Path) -> None:
-    """Read a file whole."""
+    """Read a file whole, and one beside it that nobody drops."""
+    witness = path.with_name("witness")
+    witness.write_bytes(bytes(1 << 20))
     assert path.read_bytes()
-    assert cached(path) == path.stat().st_size
+
+
+def is_whole(path: Path) -> bool:
+    """Whether all of a file that was cached still is; where the whole machine's cache was emptied, skip."""
+    if cached(path) == path.stat().st_size:
+        return True
+    witness = path.with_name("witness")
+    if witness.exists() and cached(witness) < witness.stat().st_size:
+        pytest.skip("somebody else empties the page cache")
+    return False
 
 
 def goes_past_the_cache(folder: Path) -> bool:
@@ -290,18 +301,29 @@ def test_looking_does_not_change_what_is_seen(disk: Path) -> None:
         for file in (one, other, one, other):
             assert not pagecache.is_cached(file.fileno())
             time.sleep(0.05)  # what the kernel began to read is there now
-    assert cached(path) <= PROBES << 20
+    assert cached(path) == 0
 
 
-def test_where_it_cannot_be_told_a_file_counts_as_cached(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("call", ["mmap", "mincore"])
+def test_where_it_cannot_be_told_a_file_counts_as_cached(
+    call: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What might lie in memory for somebody else is not dropped."""
 
-    def unknown(*_: object) -> int:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+    class Refusing:
+        """The C library, one of whose calls fails."""
 
-    (tmp_path / "file").write_bytes(b"x" * 100)
-    monkeypatch.setattr(os, "preadv", unknown)
-    with (tmp_path / "file").open("rb") as file:
+        def __getattr__(self, name: str) -> object:
+            failed = pagecache.MAP_FAILED if call == "mmap" else -1
+            return (lambda *_: failed) if name == call else getattr(real, name)
+
+    real = pagecache.LIBC
+    path = disk / "file"
+    path.write_bytes(b"x" * (1 << 20))
+    empty_cache(path)
+    with path.open("rb") as file:
+        assert not pagecache.is_cached(file.fileno())
+        monkeypatch.setattr(pagecache, "LIBC", Refusing())
         assert pagecache.is_cached(file.fileno())
 
 
@@ -363,23 +385,25 @@ def test_what_was_cached_stays(how: str, disk: Path) -> None:
     with opened(path, how) as found:
         for name in found.entries:
             found.read(name)
-    assert cached(path) == path.stat().st_size
+    assert is_whole(path)
 
 
 def test_what_will_be_read_again_is_not_dropped(disk: Path) -> None:
     """Inside `unhashed`, and where a file is opened to be read at random, what was read stays."""
     path = save_weights(disk / "base", 20)
+    fill_cache(path)
+    empty_cache(path)
     with opened(path, "hashing") as found:
         with found.unhashed():
             for name in found.entries:
                 found.read(name)
-        assert cached(path) == path.stat().st_size
-    assert cached(path) == path.stat().st_size
+        assert is_whole(path)
+    assert is_whole(path)
     empty_cache(path)
     with opened(path, "at random") as found:
         for name in found.entries:
             found.read(name)
-    assert cached(path) == path.stat().st_size
+    assert is_whole(path)
 
 
 def test_after_unhashed_reading_counts_again(disk: Path) -> None:
@@ -403,8 +427,7 @@ def test_a_fold_and_a_render_leave_the_cache_as_it_was(was_cached: bool, disk: P
 
     def check(*written: Path) -> None:
         for path in read:
-            size = path.stat().st_size
-            assert cached(path) >= size if was_cached else cached(path) <= size / 20, path
+            assert is_whole(path) if was_cached else cached(path) <= path.stat().st_size / 20, path
         for path in written:
             assert cached(path) <= 4096, path
 
