@@ -16,12 +16,13 @@ from streammerge import methods
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality"
 DEFAULT = "spectral_cap interference"
-# In points of mean accuracy over seeds, tasks and orders. Measured: 2.6, 0.5, 4.3 and 1.7.
+# In points of mean accuracy over seeds, tasks and orders. Measured: 2.60, 0.50, 4.15 and 1.54; the experts are
+# trained on the spot, which another CPU does a little differently.
 LEAST = {
     ("opcm scalar", "average"): 1.0,
     ("opcm scalar", "sum+norm (rival)"): 0.4,
     (DEFAULT, "average"): 3.5,
-    (DEFAULT, "opcm scalar"): 1.5,
+    (DEFAULT, "opcm scalar"): 1.4,
 }
 
 
