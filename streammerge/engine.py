@@ -9,11 +9,10 @@ computing. Knows nothing of versions, sources or verdicts: what it measures it r
 
 from __future__ import annotations
 
-import hashlib
 import math
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -30,7 +29,6 @@ from streammerge.rendering import Finishing, Model, Rendered, Rendering
 from streammerge.state import (
     STATISTICS,
     Resident,
-    SlotFiles,
     State,
     StateShard,
     appended,
@@ -248,41 +246,26 @@ class Engine:
 
     def _prepared_for(self, recipe: Recipe, state: State) -> Callable[[str], Slots | None]:
         """Give what was derived from this state, where it was."""
-        if self._prepared is None or not (key := self._preparation(recipe, state)):
+        if self._prepared is None or not self._prepared.begin(recipe, state, self._how):
             return lambda _name: None
-        self._prepared.begin(key, _matrices(recipe))
         return self._prepared.get
-
-    def _preparation(self, recipe: Recipe, state: State) -> str:
-        """Know by what a state's derived data are the same to the bit; "" where none are ever."""
-        if not state.digest or not state.has_slots() or not hasattr(methods.load(recipe.method), "prepare"):
-            return ""
-        how = (recipe.method, sorted(recipe.knobs.items()), self.threads, str(self.device), torch.__version__)
-        return hashlib.sha256(repr((state.digest, how)).encode()).hexdigest()[:32]
 
     def prepare_next(self, recipe: Recipe, state: State) -> bool:
         """Derive what the next fold will need of one weight; False where nothing is left to do or to keep."""
-        if self._prepared is None or not (key := self._preparation(recipe, state)):
+        if self._prepared is None or not self._prepared.begin(recipe, state, self._how):
             return False
-        names = _matrices(recipe)
-        self._prepared.begin(key, names)
-        if (name := self._prepared.missing(names)) is None:
+        if (name := self._prepared.missing()) is None:
             return False
         self._settle_threads()
-        prepare = cast("Any", methods.load(recipe.method)).prepare
         resident = self._resident if self._resident.holds(state) else None
-        with self._open_base(recipe) as base, SlotFiles(state, resident) as files:
-            entry = base.entries[name]
-            layout = recipe.layout(entry, state.totals.count)
-            read = files.read(name, 0, entry.elements, layout, whole=True)
-            slots = {slot: values.to(self.device) for slot, values in read.items()}
-            first = next(iter(slots.values()))
-            derived: Slots = {}
-            if bool(first.any()) and math.isfinite(linalg.dot32(first, first)):
-                found = prepare(slots, **methods.accepted(prepare, recipe.knobs))
-                derived = {key: values.cpu() for key, values in found.items() if key not in slots}
-        self._prepared.put(name, names.index(name), derived)
+        with self._open_base(recipe) as base:
+            self._prepared.derive(recipe, state, base.entries[name], resident, self.device)
         return True
+
+    @property
+    def _how(self) -> tuple[object, ...]:
+        """All that bits depend on beside state and recipe."""
+        return self.threads, str(self.device), torch.__version__
 
     def give_back_disk(self) -> bool:
         """Remove what `prepare_next` keeps on disk; False where there was nothing."""
@@ -440,11 +423,6 @@ def choose_device(name: str) -> torch.device:
             hint="use device: auto",
         )
     return device
-
-
-def _matrices(recipe: Recipe) -> list[str]:
-    """List the weights that the method sees as matrices."""
-    return [name for name in recipe.plan.merged if recipe.needs_spectra(name)]
 
 
 def renders_at_once(recipe: Recipe, serve: Serve) -> bool:
