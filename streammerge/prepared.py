@@ -45,7 +45,7 @@ class Prepared:
         self._without_room: set[str] = set()
 
     def begin(self, recipe: Recipe, state: State, how: tuple[object, ...]) -> bool:
-        """Keep only what belongs to this state, and find what a process before left; False where nothing does.
+        """Keep only what belongs to this state; find what a process before left. False where nothing will be.
 
         how  all that bits depend on beside state and recipe
         """
