@@ -24,6 +24,8 @@ from typing import Any
 
 from common import QUICK, machine, notes, progress, slug, versions
 
+from streammerge import allocator
+
 HERE = Path(__file__).parent
 
 
@@ -70,6 +72,7 @@ CAREFUL = notes(
 def main() -> None:
     """Run, and write the report."""
     asked = arguments()
+    allocator.ask_for_large_pages()  # as every command does; for the peers' processes too
     parts: list[str] = []
     figures: list[dict[str, Any]] = []
     failed: list[str] = []
