@@ -123,7 +123,7 @@ class Folding:
                     self.serve(piece, {}, NOTHING)
 
     def _pieces(self, names: Iterable[str], shard: StateShard) -> Iterator[Piece]:
-        """Read weight by weight, whole or panel by panel. Runs on the reading thread: computes nothing."""
+        """Read weight by weight, whole or panel by panel. On the reading thread: computes thresholds only."""
         kinds = self.arriving.recipe.plan.kinds
         for name in names:
             entry = self.base.entries[name]

@@ -221,8 +221,9 @@ class Model:
         squares = linalg.dot32(delta, delta) if delta is not None else 0.0
         if delta is not None and squares:
             exact = original.to(delta.device, torch.promote_types(original.dtype, torch.float32)).reshape(-1)
-            added = delta.reshape(-1)
-            values = torch.where(added == 0, exact, exact + added)  # -0.0 + 0.0 would be 0.0
+            taken = 0.0 - delta.reshape(-1)  # -0.0 - 0.0 stays what it is, -0.0 + 0.0 would not
+            is_copy = exact.data_ptr() != original.data_ptr()  # what was read may still be hashed
+            values = exact.sub_(taken) if is_copy else exact - taken
         if name not in self._recipe.plan.tied:
             self._squares += squares
         if dtype.is_floating_point and (dtype != original.dtype or squares) and not _fits(values, dtype):
