@@ -16,7 +16,7 @@ from streammerge import methods
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality"
 DEFAULT = "spectral_cap interference"
-# In points of mean accuracy over seeds, tasks and orders. Measured: 2.60, 0.50, 4.15 and 1.54; the experts are
+# In points of mean accuracy over seeds, tasks and orders. Measured: 2.60, 0.50, 4.15 and 1.54; experts are
 # trained on the spot, which another CPU does a little differently.
 LEAST = {
     ("opcm scalar", "average"): 1.0,

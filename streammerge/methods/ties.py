@@ -94,7 +94,8 @@ def _trimmed(arrival: Arrival) -> Tensor:
     delta = linalg.dense(arrival.delta)
     if not arrival.cuts:  # a weight without elements has no threshold of its own
         return delta
-    return delta.where(delta.abs() >= arrival.cuts[0], torch.zeros_like(delta))
+    kept = (delta.abs() >= arrival.cuts[0]).float().mul_(delta)
+    return kept.add_(0.0)  # no -0.0, which a maximum may take or leave
 
 
 def tally(slots: Slots) -> float:
