@@ -13,12 +13,15 @@ from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, SQUARE, TALL, WIDE
 
 from streammerge import plan, screen
 from streammerge.arriving import Incoming
+from streammerge.config import DirectorySource
 from streammerge.engine import Engine
-from streammerge.errors import ConfigError, Refused
+from streammerge.errors import ConfigError, Refused, TryAgain
 from streammerge.fit import Tolerance, fit
 from streammerge.headers import MARK, Entry, Incomplete, find
 from streammerge.methods import Totals
 from streammerge.plan import DEFAULT_ADDED, Recipe
+from streammerge.sources import directory
+from streammerge.sources.directory import Directory
 from streammerge.state import State
 from streammerge.weights import Weights, identity
 
@@ -455,3 +458,21 @@ def test_what_may_be_missing_counts_as_unchanged(toy: Bench) -> None:
     deltas, _ = toy.screen(toy.folder / "ft", Tolerance(allow_missing=("*.bias", "*down*")))
     zeros = {WIDE: torch.zeros(16, 48), BIAS: torch.zeros(48)}
     assert equal(deltas, expected(toy.base, tuned) | zeros)
+
+
+# ------------------------------------------------------------------------------------------ while it is copied
+
+
+def test_a_folder_moved_away_while_it_is_copied_is_no_fault_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is gone between the listing and the copy is waited for; another kind is refused."""
+    (tmp_path / "team" / "model").mkdir(parents=True)
+    (tmp_path / "into").mkdir()
+    source = Directory(DirectorySource(name="team", type="directory", path=tmp_path / "team"), lambda: None)
+    monkeypatch.setattr(directory, "_files_of", lambda path: [path / "config.json"])
+    with pytest.raises(TryAgain, match="cannot be fetched"):
+        source.fetch("model", "", tmp_path / "into")
+    (tmp_path / "team" / "model" / "config.json").mkdir()
+    with pytest.raises(Refused, match="no regular file"):
+        source.fetch("model", "", tmp_path / "into")

@@ -159,6 +159,7 @@ class Directory:
                     (into / file.name).touch()  # its name is enough to refuse it
                 elif headers.is_needed(file.name, self._sidecar):
                     if not file.is_file():
+                        file.lstat()  # what was moved away meanwhile is no fault of its author
                         raise Refused(
                             "malformed", f"{file.name} is no regular file", hint="publish plain files"
                         )
