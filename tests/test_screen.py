@@ -460,7 +460,7 @@ def test_what_may_be_missing_counts_as_unchanged(toy: Bench) -> None:
     assert equal(deltas, expected(toy.base, tuned) | zeros)
 
 
-# ------------------------------------------------------------------------------------------ while it is copied
+# ----------------------------------------------------------------------------------------- while it is copied
 
 
 def test_a_folder_moved_away_while_it_is_copied_is_no_fault_of_its_own(
