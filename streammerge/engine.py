@@ -227,7 +227,7 @@ class Engine:
                 finishing = Finishing(recipe, serve.finish, old.totals.ahead(incoming.factor))
                 folding.serve = _into(model, finishing, figures)
             for number, names in enumerate(plan.shards(base)):
-                merged = [n for n in names if recipe.plan.kinds[n] in (plan.PROJECTED, plan.ADDED)]
+                merged = [name for name in names if recipe.plan.is_merged(name)]
                 layouts = [
                     {name: recipe.layout(base.entries[name], folds) for name in merged}
                     for folds in (before, count)
@@ -331,7 +331,7 @@ class Engine:
                 base = stack.enter_context(self._open_base(recipe, hashing=True))
             resident = self._resident if self._resident.holds(state) else None
             stack.enter_context(self._device_memory())
-            base.bring = again.bring = Lane(self.device)
+            base.bring, again.bring = Lane(self.device), Lane(self.device)  # each read on a thread of its own
             rendering = Rendering(recipe, state, finish, again, resident, self.device, self._settle_threads)
             rendering.open(stack, folded, self.beat)
             model = Model(base, recipe, out, dtype)
@@ -355,8 +355,7 @@ class Engine:
         kinds = rendering.recipe.plan
         for name in names:
             of = kinds.tied.get(name, name)
-            is_merged = kinds.kinds[of] in (plan.PROJECTED, plan.ADDED)
-            if not is_merged or not rendering.state.has_slots():
+            if not kinds.is_merged(of) or not rendering.state.has_slots():
                 for start, stop in element_panels(base.entries[name].elements):
                     yield name, start, stop, self._pass(base.read(name, start, stop)), {}
                 continue

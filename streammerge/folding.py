@@ -98,8 +98,8 @@ class Folding:
     passed  is given every value that was read of the base, and gives it back
     read    is told how many bytes were read of the fine-tune
     put     keeps a part of the new state: slot, weight, first element, elements in all, values; or None
-    serve   renders what is folded into the model to be: a piece, its base as float32, its new slots, its
-            figures; or None where rendering must wait until all is folded
+    serve   renders what is folded into the model to be: a piece, its new slots, its figures; or None where
+            rendering must wait until all is folded
     prepared  gives what was derived from a weight's old slots before, if it was
     """
 
@@ -124,10 +124,9 @@ class Folding:
 
     def _pieces(self, names: Iterable[str], shard: StateShard) -> Iterator[Piece]:
         """Read weight by weight, whole or panel by panel. On the reading thread: computes thresholds only."""
-        kinds = self.arriving.recipe.plan.kinds
         for name in names:
             entry = self.base.entries[name]
-            if kinds[name] not in (plan.PROJECTED, plan.ADDED):
+            if not self.arriving.recipe.plan.is_merged(name):
                 for start, stop in element_panels(entry.elements):
                     yield Piece(name, start, stop, self.passed(self.base.read(name, start, stop)))
                 continue

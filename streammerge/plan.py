@@ -54,7 +54,11 @@ class Plan:
     @cached_property
     def merged(self) -> list[str]:
         """Names that are folded, tied ones once."""
-        return [name for name, kind in self.kinds.items() if kind in (PROJECTED, ADDED)]
+        return [name for name in self.kinds if self.is_merged(name)]
+
+    def is_merged(self, name: str) -> bool:
+        """Whether a weight is folded under this name."""
+        return self.kinds[name] in (PROJECTED, ADDED)
 
 
 @dataclass(frozen=True)

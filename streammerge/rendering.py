@@ -44,7 +44,7 @@ class Finishing:
     recipe: Recipe
     finish: finalize.Finalize
     totals: Totals
-    blocks: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, int] = field(init=False)
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
