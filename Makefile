@@ -10,7 +10,7 @@ ifneq ($(wildcard config/prometheus),)
 CHECKS += check-alerts
 endif
 
-.PHONY: all help install run test test-slow test-gpu fmt check bench bench-quality check-alerts $(CHECKS)
+.PHONY: all help install run test test-slow test-faults test-gpu fmt check bench bench-quality check-alerts $(CHECKS)
 
 # A check says one line when it passes, and all that its tool said when it fails.
 verdict = if output=$$({ $(2); } 2>&1); then echo "ok: $(1)"; else printf '%s\n' "$$output" "FAILED: $(1)"; exit 1; fi
@@ -42,6 +42,9 @@ test: install  ## run the tests
 test-slow: install  ## run the tests that take longer, on real weights too
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,demo,slow]'
 	@$(BIN)/pytest -q -n auto -m slow
+
+test-faults: install  ## kill it, fill its disk, feed it hostile bytes, for some minutes; FULL=1 for an hour
+	@PYTHONPATH=tests $(BIN)/python -m faults $(if $(FULL),--full)
 
 test-gpu: install  ## run the tests that need a CUDA device
 	@$(BIN)/pytest -q -m gpu
