@@ -16,13 +16,13 @@ from streammerge import methods
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality"
 DEFAULT = "spectral_cap interference"
-# In points of mean accuracy over seeds, tasks and orders. Measured: 2.60, 0.50, 4.15 and 1.54; experts are
-# trained on the spot, which another CPU does a little differently.
+# In points of mean accuracy over seeds, tasks and orders, to a tenth. Measured: 2.60, 0.50, 4.15 and 1.54.
+# Experts are trained on the spot: other kernels of the same CPU moved these by up to 0.05, float64 by 0.13.
 LEAST = {
     ("opcm scalar", "average"): 1.0,
-    ("opcm scalar", "sum+norm (rival)"): 0.4,
+    ("opcm scalar", "sum+norm (rival)"): 0.5,
     (DEFAULT, "average"): 3.5,
-    (DEFAULT, "opcm scalar"): 1.4,
+    (DEFAULT, "opcm scalar"): 1.5,
 }
 
 
@@ -50,5 +50,6 @@ def test_merges_are_as_good_as_they_were(tmp_path: Path) -> None:
     assert found.with_suffix(".png").stat().st_size > 10_000
     measured = json.loads(found.read_bytes())
     for (better, worse), least in LEAST.items():
-        assert mean(measured, better) - mean(measured, worse) >= least, (better, worse)
+        ahead = mean(measured, better) - mean(measured, worse)
+        assert round(ahead, 1) >= least, (better, worse, ahead)
     assert measured["tiers"][-1]["daemon_equals_library"] is True
