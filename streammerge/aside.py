@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files
-from streammerge.errors import NoDeviceMemory, NoSpace, RateLimited, Withheld
+from streammerge.errors import DiskFails, NoDeviceMemory, RateLimited, Unable, Withheld
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
 
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
-SPACE_SECONDS = 15.0  # how soon a full disk is looked at again
+UNABLE_SECONDS = 15.0  # how soon a machine that could not is asked again, at the latest
 QUARANTINED = frozenset({"needs-replay", "quality"})
 OTHER_STATES = {"denied": "denied", "ignored": "ignored"}
 
@@ -37,12 +37,12 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
     state = "quarantined" if why.reason in QUARANTINED else OTHER_STATES.get(why.reason, state)
     detail = f"{why.message}; {why.hint}" if why.hint else why.message
     merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
-    remove_fetched(merge, row)
     if state in ("refused", "quarantined"):
         merge.metrics.refused.labels(why.reason).inc()
     if state != "denied":
         merge.metrics.decided.labels(row["source"], state).inc()
     log.warning("finetune.refused", state=state, reason=why.reason, detail=why.message, hint=why.hint)
+    remove_fetched(merge, row)
 
 
 def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
@@ -54,11 +54,14 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
         leave_alone(merge, row["source"], why)
         return now() + why.seconds
     wait = RETRY_SECONDS[min(row["attempts"], len(RETRY_SECONDS) - 1)]
-    wait = min(wait, SPACE_SECONDS) if isinstance(why, NoSpace) else wait
-    merge.ledger.update_fine_tune(
-        row["id"], attempts=row["attempts"] + 1, next_try_at=now() + wait, detail=why.message
-    )
-    merge.full_disk = why.message if isinstance(why, NoSpace) else ""
+    wait = min(wait, UNABLE_SECONDS) if isinstance(why, Unable) else wait
+    merge.ledger.write(  # what was decided before it failed stays decided
+        "update fine_tunes set attempts = attempts + 1, next_try_at = ?, detail = ?, updated_at = ? "
+        "where id = ? and state = 'pending'",
+        now() + wait, why.message, now(), row["id"],
+    )  # fmt: skip
+    if isinstance(why, Unable):
+        note_unable(merge, why)
     merge.metrics.folds.labels("abandoned").inc()
     merge.metrics.device_full.inc(isinstance(why, NoDeviceMemory))
     log.warning(
@@ -70,6 +73,14 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
         retry_seconds=wait,
     )
     return now() + wait
+
+
+def note_unable(merge: Merge, why: Unable) -> None:
+    """Remember what the machine withholds, and say so when it begins."""
+    if merge.unable is None or merge.unable.event != why.event:
+        log.warning(why.event, detail=why.message, hint=why.hint)
+    merge.unable = why
+    merge.metrics.disk_errors.inc(isinstance(why, DiskFails))
 
 
 def leave_alone(merge: Merge, source: str, why: RateLimited) -> None:

@@ -20,9 +20,11 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from streammerge import (
+    aside,
     configfile,
     credentials,
     files,
+    machine,
     operations,
     promote,
     reconcile,
@@ -31,7 +33,7 @@ from streammerge import (
     screen,
     turns,
 )
-from streammerge.errors import ConfigError, NoSpace, Stopped, StreammergeError, TryAgain
+from streammerge.errors import ConfigError, Stopped, StreammergeError, TryAgain, Unable
 from streammerge.ledger import now
 from streammerge.merging import check_cap, check_method
 from streammerge.metrics import Metrics
@@ -100,7 +102,7 @@ class Daemon:
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises what forbids to go on: ConfigError, Locked, Damaged."""
         store = recovery.prepare_folder(self.config)
-        with files.locked(store.lock):
+        with machine.errors("opening the store", store.root), files.locked(store.lock):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_stop)
             signal.signal(signal.SIGHUP, self._on_reload)
@@ -295,8 +297,8 @@ class Daemon:
         except Stopped:
             return
         except TryAgain as exc:
-            if isinstance(exc, NoSpace):
-                self._merge().full_disk = exc.message
+            if isinstance(exc, Unable):
+                aside.note_unable(self._merge(), exc)
             if stop := self._watchers.pop(name, None):
                 stop()
         except Exception:
@@ -384,15 +386,17 @@ class Daemon:
         self._for_ever(turn)
 
     def _for_ever(self, turn: Callable[[], None], wanted: Callable[[], bool] = lambda: True) -> None:
-        """Take turn after turn; on a disk too full even for the ledger, say so and wait for room."""
+        """Take turn after turn; where the machine cannot, not even write that down, say so and wait."""
+        merge, wait = self._merge(), IDLE_SECONDS
         while not self.stopping.is_set() and wanted():
             try:
-                turn()
-            except NoSpace as exc:
-                if not self._merge().full_disk:
-                    log.warning("disk.full", detail=exc.message, hint=exc.hint)
-                self._merge().full_disk = exc.message
-                self.stopping.wait(IDLE_SECONDS)
+                with machine.errors("going on", merge.store.root):
+                    turn()
+                wait = IDLE_SECONDS
+            except Unable as exc:
+                aside.note_unable(merge, exc)
+                self.stopping.wait(wait)
+                wait = min(2 * wait, aside.UNABLE_SECONDS)
 
     def _merge(self) -> Merge:
         assert self.merge is not None
@@ -409,7 +413,7 @@ class Daemon:
         if self.merge is None:
             return ["the store is being opened"]
         found = [self.fatal.message] if self.fatal else []
-        found += [self.merge.full_disk] if self.merge.full_disk else []
+        found += [self.merge.unable.message] if self.merge.unable else []
         found += [self.merge.broken_gate] if self.merge.broken_gate else []
         found += [] if self._is_alive() else ["the worker shows no sign of life"]
         return found

@@ -4,7 +4,10 @@
     +- ConfigError          the process does not start                    exit 2
     +- Damaged              our store does not verify; hands off          exit 3, not ready
     +- TryAgain             a source, server or disk; back off            exit 75 in one-shot commands
-    |  +- NoSpace           the disk is (nearly) full
+    |  +- Unable            the machine cannot do the work now; all work waits
+    |  |  +- NoSpace        the disk is (nearly) full
+    |  |  +- DiskFails      the disk returns errors, or can only be read
+    |  |  +- NoMemory       memory that the work needs is not to be had
     |  +- Locked            another process changes this store now
     |  +- Stopped           a stop was asked for; the work is redone later
     |  +- Withheld          the place does not give this fine-tune out now; the queue goes on
@@ -50,8 +53,31 @@ class TryAgain(StreammergeError):
     exit_code = 75
 
 
-class NoSpace(TryAgain):
+class Unable(TryAgain):
+    """The machine cannot do the work now; the same work is tried again when it can.
+
+    `event` is what is logged of it, once.
+    """
+
+    event = "machine.unable"
+
+
+class NoSpace(Unable):
     """There is not enough free disk space for the next step."""
+
+    event = "disk.full"
+
+
+class DiskFails(Unable):
+    """The disk does not do what it is told: it returns errors, or can only be read."""
+
+    event = "disk.failing"
+
+
+class NoMemory(Unable):
+    """Memory that the next step needs is not to be had."""
+
+    event = "memory.short"
 
 
 class Locked(TryAgain):

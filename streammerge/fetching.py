@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-from streammerge import files, methods, weights
+from streammerge import files, machine, methods, reports, weights
 from streammerge.errors import Refused
 from streammerge.headers import Incomplete
 from streammerge.merging import reached
@@ -25,18 +26,25 @@ def bring_in(merge: Merge, row: Row, source: Source) -> Path:
         if not source.is_remote:
             files.remove_tree(part)
         part.mkdir(exist_ok=True)  # what a cut fetch left of the same revision is gone on from
-        with merge.metrics.stage("fetch"), files.disk_errors("fetching"):
-            base_bytes = int(merge.store.read_settings()["base"]["bytes"])  # a full fine-tune is as large
-            files.require_space(
-                merge.store.root, base_bytes, reserve_bytes=merge.config.reserve, purpose="fetching"
-            )
-            source.fetch(row["name"], row["revision"], part)
+        with merge.metrics.stage("fetch"), machine.errors("fetching"):
+            source.fetch(row["name"], row["revision"], part, partial(require_room, merge, part))
             reached("copied")
             files.fsync_tree(part)
             merge.metrics.fetched_bytes.labels(row["source"]).inc(files.tree_bytes(part))
             files.rename_folder(part, inbox)
         reached("fetched")
     return inbox
+
+
+def require_room(merge: Merge, part: Path, size: int) -> None:
+    """Raise NoSpace unless a fine-tune of `size` bytes can be brought and then folded.
+
+    What is brought must not take the room that its own fold needs: it would wait there for ever.
+    """
+    store, version = merge.store.root, reports.version_bytes(merge.store.read_settings())
+    missing = max(0, size - files.tree_bytes(part))
+    purpose = "fetching, and folding what is fetched,"
+    machine.require_space(store, missing + version, reserve_bytes=merge.config.reserve, purpose=purpose)
 
 
 def identify(inbox: Path, row: Row, source: Source, merge: Merge) -> str:

@@ -16,37 +16,16 @@ import socket
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from streammerge.errors import Locked, NoSpace
+from streammerge.errors import Locked
+from streammerge.machine import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHUNK_BYTES = 8 << 20
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
-NETWORK_FILE_SYSTEMS = frozenset(
-    [
-        "9p",
-        "afs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "fuse.gcsfuse",
-        "fuse.glusterfs",
-        "fuse.rclone",
-        "fuse.s3fs",
-        "fuse.sshfs",
-        "glusterfs",
-        "gpfs",
-        "lustre",
-        "ncpfs",
-        "nfs",
-        "nfs4",
-        "smb3",
-        "smbfs",
-    ]
-)
 
 
 def canonical_json(value: object) -> bytes:
@@ -64,14 +43,15 @@ def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with named(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a new file and fsync it; the caller makes the name durable."""
-    with path.open("xb") as file:
+    with named(path), path.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -154,48 +134,6 @@ def tree_bytes(folder: Path) -> int:
     return total
 
 
-def require_space(folder: Path, needed_bytes: int, *, reserve_bytes: int, purpose: str) -> None:
-    """Raise NoSpace unless `needed_bytes` fit beside the reserve on the file system of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes + reserve_bytes:
-        raise NoSpace(
-            f"{purpose} needs {needed_bytes:,} bytes and {reserve_bytes:,} in reserve, "
-            f"{folder} has {free:,} free",
-            hint="free some disk space, lower `keep`, or move the store; "
-            "streammerge goes on by itself when there is room",
-        )
-
-
-@contextmanager
-def disk_errors(purpose: str) -> Iterator[None]:
-    """Turn a full disk or quota into NoSpace, so that work is abandoned cleanly and tried again."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise NoSpace(
-                f"{purpose}: {exc.strerror} while writing {exc.filename or 'a file'}",
-                hint="free some disk space; streammerge goes on by itself when there is room",
-            ) from exc
-        raise
-
-
-def file_system(path: Path) -> str:
-    """Name the file system type that holds `path`, "unknown" where the kernel does not tell."""
-    path = path.resolve()
-    best, kind = "", "unknown"
-    try:
-        lines = Path("/proc/self/mounts").read_text().splitlines()
-    except OSError:
-        return kind
-    for line in lines:
-        _, mount_point, mount_kind, *_ = line.split(" ")
-        mount_point = mount_point.replace("\\040", " ")
-        if path.is_relative_to(mount_point) and len(mount_point) >= len(best):
-            best, kind = mount_point, mount_kind
-    return kind
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the exclusive flock on `path`, or raise Locked naming the holder.
@@ -228,12 +166,22 @@ def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
     """Copy a regular file and fsync the copy; shares blocks where the file system can."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_symlinks else os.O_NOFOLLOW)
     descriptor = os.open(source, flags)
-    with open(descriptor, "rb") as opened, target.open("xb") as written:  # noqa: PTH123 -- a descriptor has no path
+    with (
+        open(descriptor, "rb") as opened,  # noqa: PTH123 -- a descriptor has no path
+        named(target),
+        target.open("xb") as written,
+    ):
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileNotFoundError(errno.ENOENT, "is no regular file", str(source))
         try:
             fcntl.ioctl(written.fileno(), FICLONE, descriptor)
         except OSError:
-            shutil.copyfileobj(opened, written, CHUNK_BYTES)
+            while chunk := _read(opened, source):
+                written.write(chunk)
         written.flush()
         os.fsync(written.fileno())
+
+
+def _read(opened: IO[bytes], source: Path) -> bytes:
+    with named(source):
+        return opened.read(CHUNK_BYTES)

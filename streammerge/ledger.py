@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import ConfigError, Damaged, NoSpace
+from streammerge import machine
+from streammerge.errors import ConfigError, Damaged, DiskFails, NoSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -91,18 +92,28 @@ def iso(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
+FAILING = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+
+
 @contextmanager
-def _full_disk_is_no_space() -> Iterator[None]:
-    """Turn SQLite's word for a full disk into ours."""
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn SQLite's words for a full and for a failing disk into ours."""
     try:
         yield
     except sqlite3.OperationalError as exc:
-        if exc.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
-        raise NoSpace(
-            "the ledger cannot be written: no space left on its disk",
-            hint="free some disk space; streammerge goes on by itself when there is room",
-        ) from exc
+        found = exc.sqlite_errorcode & 0xFF  # what is above says in which call
+        if found == sqlite3.SQLITE_FULL:
+            raise NoSpace(
+                f"the ledger {path} cannot be written: no space left ({machine.device(path)})",
+                hint="free some disk space; streammerge goes on by itself when there is room",
+            ) from exc
+        if found in FAILING:
+            raise DiskFails(
+                f"the ledger {path} cannot be read or written: {exc} ({machine.device(path)})",
+                hint="look at the kernel's log, at the disk, and whose the file is; "
+                "streammerge goes on by itself when the disk works",
+            ) from exc
+        raise
 
 
 class Ledger:
@@ -112,35 +123,38 @@ class Ledger:
         """Open the ledger; the writer creates it and brings its tables up to date."""
         self._lock = threading.RLock()
         self._depth = 0
+        self._path = path
         try:
-            if read_only:
-                # A database that was closed cleanly has no -wal file; SQLite would create one without
-                # `immutable`.
-                quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-                self._db = sqlite3.connect(
-                    f"{path.absolute().as_uri()}?mode=ro{quiet}",
-                    uri=True,
-                    timeout=BUSY_SECONDS,
-                    check_same_thread=False,
-                )
-            else:
-                self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-            self._db.isolation_level = None
-            self._db.row_factory = sqlite3.Row
-            if not read_only:
-                self._db.execute("pragma journal_mode = wal")
-                self._db.execute("pragma synchronous = full")
-                self._db.execute("pragma foreign_keys = on")
-                self._migrate()
-            elif self._version() == 0:
-                raise ConfigError(
-                    f"the store at {path.parent} is still being made", hint="try again in a moment"
-                )
-            self._db.execute("select count(*) from facts").fetchone()
+            with _disk_errors(path):
+                self._open(path, read_only=read_only)
         except sqlite3.DatabaseError as exc:
             raise Damaged(
                 f"{path} cannot be read: {exc}", hint="restore it from a backup of the store"
             ) from exc
+
+    def _open(self, path: Path, *, read_only: bool) -> None:
+        if read_only:
+            # A database that was closed cleanly has no -wal file; SQLite would create one without
+            # `immutable`.
+            quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+            self._db = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=ro{quiet}",
+                uri=True,
+                timeout=BUSY_SECONDS,
+                check_same_thread=False,
+            )
+        else:
+            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._db.isolation_level = None
+        self._db.row_factory = sqlite3.Row
+        if not read_only:
+            self._db.execute("pragma journal_mode = wal")
+            self._db.execute("pragma synchronous = full")
+            self._db.execute("pragma foreign_keys = on")
+            self._migrate()
+        elif self._version() == 0:
+            raise ConfigError(f"the store at {path.parent} is still being made", hint="try again in a moment")
+        self._db.execute("select count(*) from facts").fetchone()
 
     def _migrate(self) -> None:
         for number, migration in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
@@ -156,11 +170,16 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes inside become durable together, or none does. May be nested. A full disk is NoSpace."""
-        with self._lock, _full_disk_is_no_space():
+        """All changes inside become durable together, or none does. May be nested.
+
+        A full disk is NoSpace, a failing one DiskFails.
+        """
+        with self._lock, _disk_errors(self._path):
             if self._depth:
                 yield
                 return
+            if self._db.in_transaction:  # one whose rollback failed too
+                self._db.execute("rollback")
             self._db.execute("begin immediate")
             self._depth = 1
             try:
@@ -175,7 +194,7 @@ class Ledger:
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
-        with self._lock:
+        with self._lock, _disk_errors(self._path):
             return [dict(row) for row in self._db.execute(query, values)]
 
     def row(self, query: str, *values: object) -> Row | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.engine import Engine
+    from streammerge.errors import Unable
     from streammerge.finalize import Finalize
     from streammerge.ledger import Ledger
     from streammerge.metrics import Metrics
@@ -53,7 +54,7 @@ class Merge:
     base_norm: float
     base_entries: Mapping[str, headers.Entry]
     turn: threading.RLock = field(default_factory=threading.RLock)
-    full_disk: str = ""
+    unable: Unable | None = None  # what the machine withheld from the last work, until work succeeds
     broken_gate: str = ""
     gates_again_at: float = 0.0
     gate_attempts: int = 0

@@ -258,6 +258,15 @@ class Metrics:
             "streammerge_store_free_bytes", "Free space on the store's file system", registry=at
         )
         self.disk_full = Gauge("streammerge_disk_full", "1 while work waits for disk space", registry=at)
+        self.disk_failing = Gauge(
+            "streammerge_disk_failing",
+            "1 while work waits for a disk that fails, or can only be read",
+            registry=at,
+        )
+        self.disk_errors = Counter(
+            "streammerge_disk_errors_total", "Work abandoned because the disk failed", registry=at
+        )
+        self.memory_short = Gauge("streammerge_memory_short", "1 while work waits for memory", registry=at)
         self.damaged = Gauge(
             "streammerge_damaged_snapshots",
             "Older versions whose content no longer verifies",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import Progress
 
-from streammerge import files, methods, plan, screen, weights
+from streammerge import files, machine, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config import DirectorySource
@@ -84,7 +84,7 @@ def merge(request: Request, *, warn: Callable[[str], None], console: Console) ->
     try:
         with (
             Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-            files.disk_errors("merging"),
+            machine.errors("merging"),
         ):
             manifest = _merge_in(work, request, dtype, warn, progress)
         for part in work.iterdir():

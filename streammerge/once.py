@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, operations, promote, reconcile, recovery, screen, turns
+from streammerge import files, machine, operations, promote, reconcile, recovery, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
 from streammerge.metrics import Metrics
@@ -47,7 +47,7 @@ def run_once(config: Config) -> None:
     confirmed.
     """
     store = recovery.prepare_folder(config)
-    with files.locked(store.lock):
+    with machine.errors("working", store.root), files.locked(store.lock):
         asked_to_stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
         beat = partial(raise_if_set, asked_to_stop)

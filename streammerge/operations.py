@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import collect, files, pipeline, promote, reports, snapshots
-from streammerge.errors import Damaged, NoSpace, Stopped, StreammergeError, TryAgain
+from streammerge import collect, files, pipeline, promote, reports, snapshots, unfinished
+from streammerge.errors import Damaged, Stopped, StreammergeError, TryAgain, Unable
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
@@ -37,12 +37,14 @@ def asked_for(merge: Merge, verbs: Collection[str]) -> list[Row]:
 
 def work_off(merge: Merge, verbs: Collection[str]) -> int:
     """Execute every command with one of these verbs that was asked for; gives how many."""
+    if merge.unable:  # what could not be finished must not wait for a fold either
+        unfinished.finish(merge)
     asked = asked_for(merge, verbs)
     for row in asked:
         try:
             result = execute(merge, row)
             log.info("command.done", verb=row["verb"], **result)
-        except (Damaged, NoSpace, Stopped):
+        except (Damaged, Stopped, Unable):
             raise
         except StreammergeError as exc:
             merge.ledger.answer(
@@ -64,6 +66,7 @@ def execute(merge: Merge, row: Row) -> dict[str, Any]:
         merge.ledger.answer(row["id"], "done", result)
         return result
     with merge.turn:
+        unfinished.finish(merge)  # a version that was accepted and not recorded is head, for a rollback too
         if row["verb"] == "gc":
             result = gc(merge)
             merge.ledger.answer(row["id"], "done", result)

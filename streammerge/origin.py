@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import credentials, files
+from streammerge import credentials, files, machine
 from streammerge.errors import ConfigError, Refused, Withheld
 from streammerge.headers import PICKLES, read_json
 from streammerge.hub import Hub
@@ -43,11 +43,11 @@ def bring_base(config: Config, beat: Callable[[], None]) -> None:
         found = begin(hub, part, wanted)
         wanted_files = [file for file in found.files if is_wanted(file.path)]
         size = sum(file.size for file in wanted_files)
-        files.require_space(config.store, size, reserve_bytes=config.reserve, purpose="fetching the base")
+        machine.require_space(config.store, size, reserve_bytes=config.reserve, purpose="fetching the base")
         log.info("base.fetching", repo=repo, commit=found.sha, bytes=size)
         for file in wanted_files:
             (part / file.path).parent.mkdir(parents=True, exist_ok=True)
-            with files.disk_errors("fetching the base"):
+            with machine.errors("fetching the base"):
                 hub.download(repo, found.sha, file, part / file.path)
     except (Refused, Withheld) as exc:
         raise ConfigError(f"base {config.base}: {exc.message}", hint=exc.hint) from exc

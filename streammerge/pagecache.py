@@ -14,6 +14,8 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from streammerge.machine import named
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -81,10 +83,10 @@ class NewFile:
         self._filled = 0
         try:
             if size:
-                os.posix_fallocate(self._descriptor, 0, size)
-        except OSError as exc:
+                with named(path):
+                    os.posix_fallocate(self._descriptor, 0, size)
+        except OSError:
             self.close()
-            exc.filename = exc.filename or str(path)
             raise
         self._is_direct = size >= BUFFER_BYTES and self._try_direct()
 
@@ -118,10 +120,10 @@ class NewFile:
             done = 0
             while done < self._filled:
                 try:
-                    done += os.write(self._descriptor, view[done:])
+                    with named(self._path):
+                        done += os.write(self._descriptor, view[done:])
                 except OSError as exc:
                     if exc.errno != errno.EINVAL or not self._is_direct:
-                        exc.filename = exc.filename or str(self._path)
                         raise
                     self._leave_direct()
         self._filled = 0
@@ -130,7 +132,8 @@ class NewFile:
         """Make the content durable."""
         self._leave_direct()  # what is left may be no whole block
         self._flush()
-        os.fsync(self._descriptor)
+        with named(self._path):
+            os.fsync(self._descriptor)
         with suppress(OSError):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

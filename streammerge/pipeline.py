@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, gates, methods, promote, replay, reports, screen, snapshots
+from streammerge import files, gates, machine, methods, promote, replay, reports, screen, snapshots
 from streammerge.arriving import Incoming
 from streammerge.aside import RETRY_SECONDS, remove_fetched, set_aside
 from streammerge.card import card
@@ -110,7 +110,7 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
     """Steps 3 to 6: screen, fold, render and seal a candidate; None where a person is asked first."""
     ledger, store, config = merge.ledger, merge.store, merge.config
     head = merge.head
-    with merge.metrics.stage("fold"), files.disk_errors("folding"):
+    with merge.metrics.stage("fold"), machine.errors("folding"):
         inbox = published(store.inbox / str(row["id"]), row["name"])
         others = {
             r["digest"]
@@ -209,7 +209,7 @@ def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]])
     """Seal a candidate that follows head and holds `entries`, to whose state `way` leads."""
     with (
         merge.metrics.stage("fold"),
-        files.disk_errors("folding"),
+        machine.errors("folding"),
         under_construction(merge, head, way, "replaying") as (version, building),
     ):
         state, measured = replay.walk(merge, way, building, "state")
@@ -316,7 +316,6 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_f
         reached("accepted")
         record_accepted(merge, accepted)
         promote.switch(merge)
-    tidy(merge)
     refresh_merge_metrics(merge, accepted)
     merge.metrics.folds.labels("done").inc(bool(added))
     named = {key: added[-1][key] for key in ("name", "source", "revision")} if added else {}
@@ -330,6 +329,7 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_f
         seconds=round(seconds, 3),
         **accepted.manifest["health"],
     )
+    tidy(merge)
     return True
 
 
@@ -359,15 +359,16 @@ def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> boo
         raise ConfigError(
             f"the base itself does not pass: {verdict.reasons[0]}", hint="correct the gate or its limits"
         )
-    merge.ledger.update_snapshot(candidate.version, state="refused", note="; ".join(verdict.reasons))
-    merge.metrics.folds.labels("refused").inc()
     added, _ = changes(merge, candidate)
     row = replay.row_of(merge, added[-1]) if added and not asked_for else None
-    if row:
-        refusal = Refused(
-            "quality", "; ".join(verdict.reasons), hint="`streammerge fine-tunes retry` folds it again"
-        )
-        set_aside(merge, row, "quarantined", refusal)
+    with merge.ledger.transaction():
+        merge.ledger.update_snapshot(candidate.version, state="refused", note="; ".join(verdict.reasons))
+        if row:
+            refusal = Refused(
+                "quality", "; ".join(verdict.reasons), hint="`streammerge fine-tunes retry` folds it again"
+            )
+            set_aside(merge, row, "quarantined", refusal)
+    merge.metrics.folds.labels("refused").inc()
     tidy(merge)
     return False
 
@@ -431,18 +432,19 @@ def require_space(merge: Merge, purpose: str) -> None:
     """Raise NoSpace before work that the disk cannot hold; what was only prepared gives way first."""
     needed = reports.version_bytes(merge.store.read_settings())
     try:
-        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+        machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
     except NoSpace:
         if not merge.engine.give_back_disk():
             raise
-        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
-    merge.full_disk = ""
+        machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+    if isinstance(merge.unable, NoSpace):
+        merge.unable = None
 
 
 def first_version(merge: Merge) -> None:
     """Seal, gate and promote the base itself as version 0."""
     require_space(merge, "writing version 0")
-    with files.disk_errors("writing version 0"):
+    with machine.errors("writing version 0"):
         building = snapshots.begin(merge.store, 0)
         state = State(building / "state", {}, Totals())
         manifest, hashes = render(merge, state, [], None, 0, building)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, snapshots
+from streammerge import machine, snapshots
 from streammerge.errors import Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.merging import reached
@@ -56,7 +56,7 @@ def switch(merge: Merge) -> None:
     path = snapshots.by_version(merge.store, promotion["version"])
     assert path is not None, f"version {promotion['version']} was promoted but is not in snapshots/"
     reached("intended")
-    with files.disk_errors("switching current"):
+    with machine.errors("switching current"):
         snapshots.switch(merge.store, snapshots.read(path))
     reached("switched")
     at = now()

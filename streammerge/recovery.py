@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, methods, pipeline, promote, reports, snapshots
+from streammerge import files, machine, methods, pipeline, promote, reports, snapshots, unfinished
 from streammerge.collect import tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
@@ -95,8 +95,8 @@ def check_base(merge: Merge) -> None:
 def prepare_folder(config: Config) -> Store:
     """Make the store's folders so that the lock can be taken, or say why this place will not do."""
     store = snapshots.Store(config.store)
-    kind = files.file_system(config.store if config.store.exists() else config.store.parent)
-    if kind in files.NETWORK_FILE_SYSTEMS and not config.allow_network_store:
+    kind = machine.file_system(config.store if config.store.exists() else config.store.parent)
+    if kind in machine.NETWORK_FILE_SYSTEMS and not config.allow_network_store:
         raise ConfigError(
             f"store {config.store} lies on a network file system ({kind}), "
             "where locks and renames are not safe",
@@ -121,7 +121,8 @@ def prepare_folder(config: Config) -> Store:
                 hint="give the store an empty or new folder",
             )
     try:
-        store.create()
+        with machine.errors("making the store", config.store):
+            store.create()
     except OSError as exc:
         raise ConfigError(
             f"store {config.store} cannot be made: {exc.strerror}", hint="check the path and its owner"
@@ -141,7 +142,7 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
         state_size = recipe.state_bytes(base.entries)
         if config.added is not None and (idle := idle_globs(base.entries, added)):
             log.warning("config.added_matches_nothing", globs=idle)
-    with files.disk_errors("making the store"):
+    with machine.errors("making the store"):
         files.replace_file(
             store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))
         )
@@ -172,27 +173,13 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     if not snapshots.folders(store.snapshots) and ledger.fact("head") is None:
         start_with_base(merge)
     else:
-        accept_trailing(merge)
+        unfinished.accept_trailing(merge)
         if not forgiving:
             check_accepted(merge)
         finish_promotion(merge)
-    record_candidates(merge)
+    unfinished.record_candidates(merge)
     tidy_inbox(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
-
-
-def record_candidates(merge: Merge) -> None:
-    """A candidate that was sealed but not yet recorded: its row is added."""
-    for path in snapshots.folders(merge.store.candidates):
-        pipeline.record_candidate(merge, snapshots.read(path))
-
-
-def finish_cut_off(merge: Merge) -> None:
-    """Do what a step had still to do when the disk was too full for it."""
-    with merge.turn:
-        record_candidates(merge)
-        accept_trailing(merge)
-        promote.switch(merge)
 
 
 def start_with_base(merge: Merge) -> None:
@@ -204,24 +191,6 @@ def start_with_base(merge: Merge) -> None:
         pipeline.conclude(merge, candidate)
     else:
         pipeline.first_version(merge)
-
-
-def accept_trailing(merge: Merge) -> None:
-    """A version that was moved into snapshots/ but not yet recorded: its row is added."""
-    for path in snapshots.folders(merge.store.snapshots):
-        version = int(path.name.split("-")[0])
-        row = merge.ledger.snapshot(version)
-        if row is not None and row["state"] != "candidate":
-            continue
-        snapshot = snapshots.read(path)
-        head = merge.head.digest if merge.ledger.fact("head") else None
-        if snapshot.parent != head:
-            raise Damaged(
-                f"{path} follows {str(snapshot.parent)[:12]}, but head is {str(head)[:12]}",
-                hint="a folder was copied in, or ledger.db is an older copy; restore both from one backup",
-            )
-        pipeline.record_accepted(merge, snapshot)
-        log.info("recovery.accepted", version=version)
 
 
 def check_accepted(merge: Merge) -> None:

@@ -89,7 +89,7 @@ class Store:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 folder.chmod(mode)
-        files.fsync_folder(self.root)
+                files.fsync_folder(folder.parent)
 
     def read_settings(self) -> dict[str, Any]:
         """Read store.json."""

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import aside, files, operations, pipeline, reconcile, recovery, reports, snapshots
-from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
+from streammerge import (
+    aside,
+    files,
+    machine,
+    operations,
+    pipeline,
+    reconcile,
+    recovery,
+    reports,
+    snapshots,
+    unfinished,
+)
+from streammerge.errors import Damaged, DiskFails, NoMemory, NoSpace, Stopped, TryAgain, Unable
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
@@ -34,7 +45,8 @@ def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], Non
     started = time.monotonic()
     before = reports.source_status(merge.ledger, source.name)["state"]
     try:
-        until = reconcile.observe(merge, source, part)
+        with machine.errors(f"looking at {source.name}", merge.store.root):
+            until = reconcile.observe(merge, source, part)
     except Stopped:
         raise
     except TryAgain as exc:
@@ -89,12 +101,12 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
 
 def prepare_another(merge: Merge) -> bool:
     """Derive from head's state what the next fold will need of one weight; False if nothing is left to do."""
-    if merge.held or merge.full_disk:
+    if merge.held or merge.unable:
         return False
     with suppress(TryAgain, OSError):  # a full disk, a base that is away: the next fold will say so
         needed = reports.version_bytes(merge.store.read_settings())
         purpose = "preparing"
-        files.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+        machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
         return merge.engine.prepare_next(merge.recipe, merge.state_of(merge.head))
     return False
 
@@ -110,7 +122,8 @@ def fetch_once(merge: Merge, source: Source) -> bool:
     if row is None or len(pending) - len(announced) >= FETCHED_AHEAD:
         return False
     try:
-        pipeline.bring(merge, row, source)
+        with machine.errors("fetching", merge.store.root):
+            pipeline.bring(merge, row, source)
     except Stopped:
         raise
     except TryAgain as exc:
@@ -125,16 +138,18 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     """
     if operations.work_off(merge, operations.HEAVY):
         return True
+    unfinished.finish(merge)
     if not merge.held:
         conclude_open(merge)
     row = next_row(merge, sources, fetched_elsewhere)
     if row is None:
-        if merge.full_disk and not merge.ledger.fine_tunes("pending"):
-            with suppress(NoSpace):
-                pipeline.require_space(merge, "going on")
+        if merge.unable and not merge.ledger.fine_tunes("pending"):
+            see_if_able(merge)
         return False
     try:
-        pipeline.journey(merge, row, sources[row["source"]])
+        with machine.errors("folding", merge.store.root):
+            pipeline.journey(merge, row, sources[row["source"]])
+        merge.unable = None
     except Stopped:
         raise
     except TryAgain as exc:
@@ -142,20 +157,32 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     return True
 
 
+def see_if_able(merge: Merge) -> None:
+    """Where nothing is to do that would find out: whether there is room, and a disk that works."""
+    with suppress(Unable):
+        pipeline.require_space(merge, "going on")
+        with machine.errors("going on", merge.store.root):
+            files.replace_file(merge.store.root / ".probe", b"")
+            (merge.store.root / ".probe").unlink()
+        merge.unable = None
+
+
 def conclude_open(merge: Merge) -> None:
     """Gate and accept candidates that a kill, a hold or a gate that could not judge left sealed."""
-    recovery.finish_cut_off(merge)
     if now() < merge.gates_again_at:
         return
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate' order by version"):
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
         try:
-            pipeline.conclude(merge, snapshots.read(path))
+            with machine.errors("accepting", merge.store.root):
+                pipeline.conclude(merge, snapshots.read(path))
+            merge.unable = None
         except Stopped:
             raise
         except TryAgain as exc:
             log.warning("candidate.waits", version=row["version"], detail=exc.message)
-            merge.full_disk = exc.message if isinstance(exc, NoSpace) else merge.full_disk
+            if isinstance(exc, Unable):
+                aside.note_unable(merge, exc)
 
 
 def next_row(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> Row | None:
@@ -180,7 +207,9 @@ def refresh(merge: Merge) -> None:
     metrics.current_time.set((last or {}).get("switched_at") or 0)
     metrics.held.set(bool(status["held"]))
     metrics.disk_free.set(status["disk"]["free_bytes"])
-    metrics.disk_full.set(bool(merge.full_disk))
+    metrics.disk_full.set(isinstance(merge.unable, NoSpace))
+    metrics.disk_failing.set(isinstance(merge.unable, DiskFails))
+    metrics.memory_short.set(isinstance(merge.unable, NoMemory))
     waiting = merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval")
     metrics.oldest_pending.set(min((row["first_seen_at"] for row in waiting), default=0))
     for part in merge.config.sources:

@@ -25,6 +25,7 @@ import torch
 from streammerge.errors import Refused, TryAgain
 from streammerge.headers import DTYPES, Entry, WeightsSet, find, parse_header
 from streammerge.lanes import homeward
+from streammerge.machine import named
 from streammerge.pagecache import NewFile, Trail
 from streammerge.streams import Behind
 
@@ -222,7 +223,8 @@ def pread_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, 
     view = memoryview(buffer)
     done = 0
     while done < len(view):
-        got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+        with named(path):
+            got = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
         if not got:
             raise TryAgain(
                 f"{path} became shorter while it was read",

@@ -12,7 +12,7 @@ import yaml
 from daemons import REPOSITORY, SOURCE, Site, command
 
 from streammerge import config as configuration
-from streammerge import configfile, files, quantities
+from streammerge import configfile, machine, quantities
 from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -358,8 +358,8 @@ def test_a_folder_with_other_things_is_no_store(tmp_path: Path) -> None:
 
 def test_network_file_systems_are_known(tmp_path: Path) -> None:
     """The kind of a path's file system is the kernel's own word, and the usual network ones are refused."""
-    assert files.file_system(tmp_path) not in files.NETWORK_FILE_SYSTEMS
-    assert files.file_system(tmp_path / "not" / "there" / "yet") == files.file_system(tmp_path)
-    assert files.file_system(REPOSITORY.__class__("/proc/self")) == "proc"
-    assert {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs"} <= files.NETWORK_FILE_SYSTEMS
-    assert not {"ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs"} & files.NETWORK_FILE_SYSTEMS
+    assert machine.file_system(tmp_path) not in machine.NETWORK_FILE_SYSTEMS
+    assert machine.file_system(tmp_path / "not" / "there" / "yet") == machine.file_system(tmp_path)
+    assert machine.file_system(REPOSITORY.__class__("/proc/self")) == "proc"
+    assert {"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs"} <= machine.NETWORK_FILE_SYSTEMS
+    assert not {"ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs"} & machine.NETWORK_FILE_SYSTEMS

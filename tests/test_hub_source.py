@@ -29,7 +29,7 @@ from streammerge.sources import hub as hub_source
 from streammerge.weights import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DAY = 86400.0
 TOKEN = "hf_made_up_for_tests"
@@ -449,8 +449,8 @@ def test_a_superseded_download_leaves_nothing(hub: DevHub, tmp_path: Path) -> No
         desk.look()
         fetch, source = desk.source.fetch, desk.source
 
-        def meanwhile(name: str, revision: str, into: Path) -> None:
-            fetch(name, revision, into)
+        def meanwhile(name: str, revision: str, into: Path, room: Callable[[int], None]) -> None:
+            fetch(name, revision, into, room)
             source.fetch = fetch  # type: ignore[method-assign]
             desk.publish("team/a", 2)
             desk.look()

@@ -21,7 +21,7 @@ import pytest
 import torch
 from benches import PLAIN, bench_of
 
-from streammerge import files, pagecache
+from streammerge import machine, pagecache
 from streammerge.engine import Engine
 from streammerge.headers import find
 from streammerge.pagecache import BUFFER_BYTES, TRAIL_BYTES, NewFile
@@ -43,7 +43,7 @@ READ_AHEAD_BYTES = 24 << 20  # generous: what a kernel reads beyond what it was 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     """A folder on a file system whose page cache can be emptied and looked into."""
-    if (kind := files.file_system(tmp_path)) in ("tmpfs", "ramfs"):
+    if (kind := machine.file_system(tmp_path)) in ("tmpfs", "ramfs"):
         pytest.skip(f"{kind} is nothing but page cache")
     probe = tmp_path / "probe"
     probe.write_bytes(b"x" * (1 << 20))

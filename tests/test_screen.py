@@ -472,7 +472,7 @@ def test_a_folder_moved_away_while_it_is_copied_is_no_fault_of_its_own(
     source = Directory(DirectorySource(name="team", type="directory", path=tmp_path / "team"), lambda: None)
     monkeypatch.setattr(directory, "_files_of", lambda path: [path / "config.json"])
     with pytest.raises(TryAgain, match="cannot be fetched"):
-        source.fetch("model", "", tmp_path / "into")
+        source.fetch("model", "", tmp_path / "into", lambda _bytes: None)
     (tmp_path / "team" / "model" / "config.json").mkdir()
     with pytest.raises(Refused, match="no regular file"):
-        source.fetch("model", "", tmp_path / "into")
+        source.fetch("model", "", tmp_path / "into", lambda _bytes: None)

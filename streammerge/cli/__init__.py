@@ -9,7 +9,7 @@ import os
 import sys
 
 from streammerge.cli import running, reading, changing, trying  # isort: skip -- the order of --help
-from streammerge import allocator
+from streammerge import allocator, machine
 from streammerge.cli.console import app, report
 from streammerge.errors import StreammergeError
 
@@ -20,7 +20,8 @@ def main() -> None:
     """Run the command line; every expected error ends with its message, its hint and its exit code."""
     allocator.ask_for_large_pages()
     try:
-        app()
+        with machine.errors("working"):
+            app()
     except StreammergeError as exc:
         report(exc)
         sys.exit(exc.exit_code)

@@ -89,10 +89,11 @@ class Source(Protocol):
     def preview(self) -> Sequence[Sighting]:
         """Say what would be announced, for a person; changes nothing. Raises TryAgain."""
 
-    def fetch(self, name: str, revision: str, into: Path) -> None:
+    def fetch(self, name: str, revision: str, into: Path, room: Callable[[int], None]) -> None:
         """Bring one revision into the folder `into`, every file fsynced. Raises TryAgain or Refused.
 
         `into` is empty, or holds what an earlier fetch of the same revision from a remote source left.
+        `room` is asked before the first byte, with the bytes of all files; it raises where they do not fit.
         """
 
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:

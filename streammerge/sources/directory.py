@@ -8,12 +8,12 @@ content: editing a README or touching a file is no news. File events are hints; 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fnmatch
 import hashlib
 import os
 import stat
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -26,7 +26,6 @@ from streammerge.sources import Look, Sighting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from streammerge.config import Config, DirectorySource
     from streammerge.sources import Known
@@ -148,12 +147,15 @@ class Directory:
         except (Refused, headers.Incomplete):
             return ""
 
-    def fetch(self, name: str, revision: str, into: Path) -> None:
+    def fetch(self, name: str, revision: str, into: Path, room: Callable[[int], None]) -> None:
         """Copy what the fold needs; the caller checks the content's digest."""
         del revision  # the folder only ever has its newest
         path = self.config.path / name
         try:
-            for file in _files_of(path) if path.is_dir() else [path]:
+            found = _files_of(path) if path.is_dir() else [path]
+            needed = [file for file in found if headers.is_needed(file.name, self._sidecar)]
+            room(sum(file.stat().st_size for file in needed if file.is_file()))
+            for file in found:
                 self._beat()
                 if headers.PICKLES.match(file.name):
                     (into / file.name).touch()  # its name is enough to refuse it
@@ -165,7 +167,7 @@ class Directory:
                         )
                     files.copy_file(file, into / file.name, follow_symlinks=self.config.follow_symlinks)
         except OSError as exc:
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            if exc.filename and Path(exc.filename).is_relative_to(into):  # ours, and no fault of the source
                 raise
             raise TryAgain(
                 f"{name}: {exc.filename} cannot be fetched: {exc.strerror}",

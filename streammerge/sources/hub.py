@@ -317,11 +317,13 @@ class HubRepositories:
 
     # Fetching
 
-    def fetch(self, name: str, revision: str, into: Path) -> None:
+    def fetch(self, name: str, revision: str, into: Path, room: Callable[[int], None]) -> None:
         """Bring the files a fold reads at that commit, each proven by its hash; goes on where it was cut."""
         repo = self.hub.repo(name, revision)
+        needed = needed_files(repo, self._sidecar)
+        room(sum(file.size for file in needed))
         try:
-            for file in needed_files(repo, self._sidecar):
+            for file in needed:
                 self.hub.download(name, revision, file, into / file.path)
         except Refused:
             if self.hub.repo(name, revision).files == repo.files:

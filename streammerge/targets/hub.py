@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import credentials, files, programs
+from streammerge import credentials, machine, programs
 from streammerge.card import card
 from streammerge.config import HubSource
 from streammerge.errors import ConfigError, TryAgain, Withheld
@@ -73,7 +73,7 @@ class HubRepository:
         argv = (sys.executable, "-m", __name__)
         # What the client keeps, such as Xet's cache, goes with the upload, unless HF_HOME names a place.
         with (
-            files.disk_errors("publishing"),
+            machine.errors("publishing"),
             tempfile.TemporaryDirectory(prefix="streammerge-hub-") as folder,
         ):
             given = json.dumps(asdict(job)).encode()
