@@ -62,6 +62,7 @@ def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
     }
     hold = ledger.fact("hold")
     per_version = version_bytes(settings)
+    most = full_store(config, str(settings.get("removal", "replay")))
     return {
         "current": current and {key: current[key] for key in ("version", "digest", "path")},
         "head": head and {key: head[key] for key in ("version", "digest", "path")},
@@ -80,11 +81,17 @@ def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
         "disk": {
             "version_bytes": per_version,
             "store_bytes": files.tree_bytes(store.root),
-            "full_store_bytes": per_version * (config.keep + 1),
+            "full_store_versions": most,
+            "full_store_bytes": per_version * most,
             "free_bytes": shutil.disk_usage(store.root).free,
             "reserve_bytes": config.reserve,
         },
     }
+
+
+def full_store(config: Config, removal: str) -> int:
+    """Say how many versions a store holds at most, a candidate among them, beside those within `grace`."""
+    return config.keep + (0 if removal == "subtract" else config.keep_spaced) + 1
 
 
 def version_bytes(settings: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from streammerge import files
 from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
@@ -211,6 +212,18 @@ def read(path: Path) -> Snapshot:
 
 
 RESTORE = "restore the folder from a backup of the store"
+
+
+def line_of(store: Store, digests: Sequence[str]) -> Iterator[Snapshot]:
+    """Give the accepted versions that hold a beginning of these fine-tunes, oldest first.
+
+    What cannot be read is passed over: that is for whoever verifies.
+    """
+    for path in folders(store.snapshots):
+        with suppress(Damaged):
+            found = read(path)
+            if found.digests == list(digests[: len(found.digests)]):
+                yield found
 
 
 def folders(parent: Path) -> list[Path]:

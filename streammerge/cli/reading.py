@@ -63,7 +63,8 @@ def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     disk = found["disk"]
     out.print(
         f"disk      {size(disk['store_bytes'])} used, {size(disk['version_bytes'])} a version, up to "
-        f"{size(disk['full_store_bytes'])} with keep: {settings.keep}; {size(disk['free_bytes'])} free"
+        f"{size(disk['full_store_bytes'])} with {disk['full_store_versions']} of them; "
+        f"{size(disk['free_bytes'])} free"
     )
 
 
