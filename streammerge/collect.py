@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from streammerge.config import Config
     from streammerge.ledger import Row
     from streammerge.merging import Merge
 
@@ -47,18 +48,20 @@ def tidy(merge: Merge) -> list[str]:
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
     rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-    keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
+    keep = {
+        str(row["id"]) for row in rows if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
+    } | merge.needed
     for folder in merge.store.inbox.iterdir():
         if folder.name not in keep and not folder.name.endswith(".part"):
             files.remove_tree(folder)
 
 
-def is_archived(merge: Merge, row: Row) -> bool:
-    """Whether the fetched files of a row stay in the inbox."""
+def is_archived(config: Config, row: Row, folder: Path) -> bool:
+    """Whether the fetched files of a row, which are in `folder`, stay in the inbox."""
     if row["state"] in ("pending", "awaiting_approval"):
         return True
-    is_kept = merge.config.archive == "keep" or (
-        merge.config.archive == "adapters" and (merge.store.inbox / str(row["id"]) / ADAPTER_WEIGHTS).exists()
+    is_kept = config.archive == "keep" or (
+        config.archive == "adapters" and (folder / ADAPTER_WEIGHTS).exists()
     )
     return is_kept and row["state"] == "folded"
 
@@ -97,7 +100,11 @@ def spaced(counts: Iterable[int], newest: int, *, first: int, levels: int) -> se
     On level k stands a mark at each multiple of first * 2**k. For the last two marks of every level the
     oldest version from there on stays: at most `levels` + 1 in all. So the d-th fine-tune from the end, d up
     to first * 2**(levels - 1), is taken out by folding fewer than 4 * max(d, first) again; where some were
-    missing already, fewer than four times what it took with those that were there. A mark is among the last two ever since it is reached,
+    keep = merge.needed | {
+        str(row["id"])
+        for row in rows
+        if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
+    }
     so that what is wanted later was wanted before and is still there.
     """
     older = sorted(count for count in counts if count <= newest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -92,17 +92,23 @@ def iso(seconds: float | None) -> str | None:
 
 
 @contextmanager
-def _full_disk_is_no_space() -> Iterator[None]:
-    """Turn SQLite's word for a full disk into ours."""
+def _in_our_words() -> Iterator[None]:
+    """Turn SQLite's words for a full disk and for a damaged file into ours."""
     try:
         yield
-    except sqlite3.OperationalError as exc:
-        if exc.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
-        raise NoSpace(
-            "the ledger cannot be written: no space left on its disk",
-            hint="free some disk space; streammerge goes on by itself when there is room",
-        ) from exc
+    except sqlite3.DatabaseError as exc:
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF  # what Python itself raises has none
+        if code == sqlite3.SQLITE_FULL:
+            raise NoSpace(
+                "the ledger cannot be written: no space left on its disk",
+                hint="free some disk space; streammerge goes on by itself when there is room",
+            ) from exc
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise Damaged(f"the ledger is damaged: {exc}", hint=RESTORE) from exc
+        raise
+
+
+RESTORE = "restore ledger.db and snapshots/ together, from one backup of the store"
 
 
 class Ledger:
@@ -157,7 +163,7 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes inside become durable together, or none does. May be nested. A full disk is NoSpace."""
-        with self._lock, _full_disk_is_no_space():
+        with self._lock, _in_our_words():
             if self._depth:
                 yield
                 return
@@ -175,8 +181,28 @@ class Ledger:
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
-        with self._lock:
+        with self._lock, _in_our_words():
             return [dict(row) for row in self._db.execute(query, values)]
+
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """Inside, everything that is read is as of one moment, whatever others write."""
+        with self._lock:
+            self._db.execute("begin")
+            try:
+                yield
+            finally:
+                self._db.execute("rollback")
+
+    def harm(self) -> list[str]:
+        """Say what SQLite finds wrong with its own file; empty where it is sound."""
+        found = [str(row["integrity_check"]) for row in self.rows("pragma integrity_check")]
+        return [] if found == ["ok"] else found
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy as of one moment, whoever writes meanwhile, to a file that is not there yet."""
+        with self._lock, _in_our_words(), closing(sqlite3.connect(path)) as target:
+            self._db.backup(target)
 
     def row(self, query: str, *values: object) -> Row | None:
         """Read the first row, if any."""

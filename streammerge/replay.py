@@ -145,7 +145,7 @@ def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
             yield Incoming(finetune, entry["digest"], entry["weight"], entry["source"])
     finally:
         merge.needed.discard(str(row["id"]))
-        if not is_archived(merge, row):
+        if not is_archived(merge.config, row, inbox):
             files.remove_tree(inbox)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
+RESTORING = ".restoring"  # in a store that `streammerge restore` has begun
 FOLDER = re.compile(r"^(\d{6,})-([0-9a-f]{12})$")
 
 
@@ -255,33 +256,45 @@ def switch(store: Store, snapshot: Snapshot) -> None:
 
 def check_sizes(snapshot: Snapshot) -> None:
     """Raise Damaged unless every file of the manifest is there with its size and nothing else is."""
-    listed = snapshot.manifest["files"]
-    for name, facts in listed.items():
-        path = snapshot.path / name
-        if not path.is_file():
-            raise Damaged(f"{path} is missing", hint=RESTORE)
-        if path.stat().st_size != facts["bytes"]:
-            raise Damaged(
-                f"{path} has {path.stat().st_size:,} bytes, sealed with {facts['bytes']:,}", hint=RESTORE
-            )
-    for directory, _, names in os.walk(snapshot.path):
-        for name in names:
-            below = Path(directory, name).relative_to(snapshot.path).as_posix()
-            if below not in listed and below != "manifest.json":
-                raise Damaged(
-                    f"{snapshot.path / below} was not there when the version was sealed", hint=RESTORE
-                )
+    for what in differences(snapshot, content=False):
+        raise Damaged(what, hint=RESTORE)
 
 
 def check_hashes(snapshot: Snapshot, beat: Callable[[], None] = lambda: None) -> None:
     """Raise Damaged unless every file's content is what was sealed. Reads everything."""
     check_sizes(snapshot)
-    for name, facts in snapshot.manifest["files"].items():
-        beat()
-        if files.sha256_file(snapshot.path / name) != facts["sha256"]:
-            raise Damaged(
-                f"{snapshot.path / name} does not have the content it was sealed with", hint=RESTORE
-            )
+    for what in differences(snapshot, beat=lambda _name, _bytes: beat()):
+        raise Damaged(what, hint=RESTORE)
+
+
+def differences(
+    snapshot: Snapshot, beat: Callable[[str, int], None] = lambda _name, _bytes: None, *, content: bool = True
+) -> Iterator[str]:
+    """Name every file that is not as it was sealed: gone, of another size, not sealed at all, changed.
+
+    Reads every byte unless `content` is off; `beat` is told of each file that is read, with its size.
+    """
+    listed = snapshot.manifest["files"]
+    for name, facts in listed.items():
+        path = snapshot.path / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif (size := path.stat().st_size) != facts["bytes"]:
+            yield f"{path} has {size:,} bytes, sealed with {facts['bytes']:,}"
+        elif content:
+            beat(f"{snapshot.path.name}/{name}", size)
+            try:
+                is_same = files.sha256_file(path) == facts["sha256"]
+            except OSError as exc:
+                yield f"{path} cannot be read: {exc.strerror}"
+                continue
+            if not is_same:
+                yield f"{path} does not have the content it was sealed with"
+    for directory, _, names in os.walk(snapshot.path):
+        for name in names:
+            below = Path(directory, name).relative_to(snapshot.path).as_posix()
+            if below not in listed and below != "manifest.json":
+                yield f"{snapshot.path / below} was not there when the version was sealed"
 
 
 def remove_unfinished(store: Store) -> list[str]:
