@@ -1,19 +1,22 @@
 """What may go: fetched files that no journey needs, old refused candidates, versions beyond `keep`.
 
-Never head, current, what a target confirmed last or is still to be told, nor what was current lately.
+Never head, current, what a target confirmed last or is still to be told, what was current lately, nor the
+states that keep a replay short.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from streammerge import files, promote, snapshots
+from streammerge import files, methods, promote, snapshots
 from streammerge.headers import ADAPTER_WEIGHTS
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from streammerge.config import Config
     from streammerge.ledger import Row
     from streammerge.merging import Merge
 
@@ -45,18 +48,20 @@ def tidy(merge: Merge) -> list[str]:
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
     rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-    keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
+    keep = {
+        str(row["id"]) for row in rows if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
+    } | merge.needed
     for folder in merge.store.inbox.iterdir():
         if folder.name not in keep and not folder.name.endswith(".part"):
             files.remove_tree(folder)
 
 
-def is_archived(merge: Merge, row: Row) -> bool:
-    """Whether the fetched files of a row stay in the inbox."""
+def is_archived(config: Config, row: Row, folder: Path) -> bool:
+    """Whether the fetched files of a row, which are in `folder`, stay in the inbox."""
     if row["state"] in ("pending", "awaiting_approval"):
         return True
-    is_kept = merge.config.archive == "keep" or (
-        merge.config.archive == "adapters" and (merge.store.inbox / str(row["id"]) / ADAPTER_WEIGHTS).exists()
+    is_kept = config.archive == "keep" or (
+        config.archive == "adapters" and (folder / ADAPTER_WEIGHTS).exists()
     )
     return is_kept and row["state"] == "folded"
 
@@ -64,7 +69,7 @@ def is_archived(merge: Merge, row: Row) -> bool:
 def collectable(merge: Merge) -> list[Path]:
     """List versions that gc may remove.
 
-    Never head, current, what a target still needs, or what was current lately.
+    Never head, current, what a target still needs, what was current lately, or what shortens a replay.
     """
     lately = merge.ledger.rows(  # current until the next promotion, which was within `grace` or is to come
         "select version from promotions where coalesce("
@@ -74,5 +79,39 @@ def collectable(merge: Merge) -> list[Path]:
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
     stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
     serving = snapshots.current(merge.store)
-    stay += [*merge.folding_from, *([serving] if serving else [])]
+    stay += [*merge.folding_from, *([serving] if serving else []), *stepping_stones(merge)]
     return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)
+
+
+def stepping_stones(merge: Merge) -> list[Path]:
+    """List the versions from which replays begin; none where a fine-tune is subtracted instead."""
+    config = merge.config
+    if not config.keep_spaced or methods.removal(merge.recipe.method, merge.recipe.knobs) == "subtract":
+        return []
+    head = merge.head
+    line = {len(found.digests): found.path for found in snapshots.line_of(merge.store, head.digests)}
+    wanted = spaced(line, len(head.digests), first=config.keep, levels=config.keep_spaced)
+    return [line[count] for count in wanted]
+
+
+def spaced(counts: Iterable[int], newest: int, *, first: int, levels: int) -> set[int]:
+    """Choose among versions, told by how many fine-tunes they hold, those from which replays begin.
+
+    On level k stands a mark at each multiple of first * 2**k. For the last two marks of every level the
+    oldest version from there on stays: at most `levels` + 1 in all. So the d-th fine-tune from the end, d up
+    to first * 2**(levels - 1), is taken out by folding fewer than 4 * max(d, first) again; where some were
+    keep = merge.needed | {
+        str(row["id"])
+        for row in rows
+        if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
+    }
+    so that what is wanted later was wanted before and is still there.
+    """
+    older = sorted(count for count in counts if count <= newest)
+    chosen = set()
+    for level in range(levels):
+        period = first * 2**level
+        latest = newest // period * period
+        for mark in (latest, latest - period):
+            chosen |= set([count for count in older if count >= mark][:1] if mark > 0 else [])
+    return chosen

@@ -309,6 +309,12 @@ class Config(Section):
     gates: tuple[CommandGate, ...] = Field(default=(), description="checks of a candidate, in order")
     targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
+    keep_spaced: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="how many older versions stay, at doubling distances, where taking out replays",
+    )
     keep_refused: int = Field(default=1, ge=0, description="how many refused candidates stay for inspection")
     grace: Duration = Field(default=86400.0, description="what was current within this time stays on disk")
     reserve: Size = Field(default=2**30, description="disk space that is always left free")

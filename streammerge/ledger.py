@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -96,24 +96,30 @@ FAILING = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPE
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's words for a full and for a failing disk into ours."""
+def _in_our_words(path: Path) -> Iterator[None]:
+    """Turn SQLite's words for a full disk, a failing one and a damaged file into ours."""
     try:
         yield
-    except sqlite3.OperationalError as exc:
-        found = exc.sqlite_errorcode & 0xFF  # what is above says in which call
-        if found == sqlite3.SQLITE_FULL:
+    except sqlite3.DatabaseError as exc:
+        # What Python itself raises has no code; what is above the lowest byte says in which call it was.
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
             raise NoSpace(
                 f"the ledger {path} cannot be written: no space left ({machine.device(path)})",
                 hint="free some disk space; streammerge goes on by itself when there is room",
             ) from exc
-        if found in FAILING:
+        if code in FAILING:
             raise DiskFails(
                 f"the ledger {path} cannot be read or written: {exc} ({machine.device(path)})",
                 hint="look at the kernel's log, at the disk, and whose the file is; "
                 "streammerge goes on by itself when the disk works",
             ) from exc
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise Damaged(f"the ledger {path} is damaged: {exc}", hint=RESTORE) from exc
         raise
+
+
+RESTORE = "restore ledger.db and snapshots/ together, from one backup of the store"
 
 
 class Ledger:
@@ -125,7 +131,7 @@ class Ledger:
         self._depth = 0
         self._path = path
         try:
-            with _disk_errors(path):
+            with _in_our_words(path):
                 self._open(path, read_only=read_only)
         except sqlite3.DatabaseError as exc:
             raise Damaged(
@@ -174,7 +180,7 @@ class Ledger:
 
         A full disk is NoSpace, a failing one DiskFails.
         """
-        with self._lock, _disk_errors(self._path):
+        with self._lock, _in_our_words(self._path):
             if self._depth:
                 yield
                 return
@@ -194,8 +200,28 @@ class Ledger:
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
-        with self._lock, _disk_errors(self._path):
+        with self._lock, _in_our_words(self._path):
             return [dict(row) for row in self._db.execute(query, values)]
+
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """Inside, everything that is read is as of one moment, whatever others write."""
+        with self._lock:
+            self._db.execute("begin")
+            try:
+                yield
+            finally:
+                self._db.execute("rollback")
+
+    def harm(self) -> list[str]:
+        """Say what SQLite finds wrong with its own file; empty where it is sound."""
+        found = [str(row["integrity_check"]) for row in self.rows("pragma integrity_check")]
+        return [] if found == ["ok"] else found
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy as of one moment, whoever writes meanwhile, to a file that is not there yet."""
+        with self._lock, _in_our_words(self._path), closing(sqlite3.connect(path)) as target:
+            self._db.backup(target)
 
     def row(self, query: str, *values: object) -> Row | None:
         """Read the first row, if any."""

@@ -127,6 +127,7 @@ def settings_of(
         "added": list(added_globs(config)),
         "routes": [route.model_dump() for route in config.routes],
         "state_bytes": state_bytes,
+        "removal": methods.removal(recipe.method, recipe.knobs),
         "embedding": recipe.plan.embedding,
         "kinds": dict(recipe.plan.kinds),
     }

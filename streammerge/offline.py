@@ -29,6 +29,7 @@ from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
 from streammerge.merging import added_globs, check_lines, check_method, open_base_headers
 from streammerge.methods import Totals
+from streammerge.reports import full_store
 from streammerge.state import State
 
 if TYPE_CHECKING:
@@ -311,7 +312,8 @@ def check(config: Config) -> dict[str, Any]:
     return {
         "weights": len(entries), "projected": projected, "added": len(kinds) - projected,
         "base_bytes": base_bytes, "version_bytes": version_bytes,
-        "full_store_bytes": version_bytes * (config.keep + 1), "free_bytes": free,
+        "full_store_bytes": version_bytes * full_store(config, methods.removal(config.method, knobs)),
+        "free_bytes": free,
         "method": config.method, "knobs": knobs, "warnings": warnings,
     }  # fmt: skip
 

@@ -183,9 +183,10 @@ def relabel_fine_tunes(merge: Merge, chosen: Snapshot, removed: list[str]) -> No
 def first_with(merge: Merge, digest: str) -> int | None:
     """Find the oldest version on disk that holds a fine-tune."""
     for path in snapshots.folders(merge.store.snapshots):
-        found = snapshots.read(path)
-        if digest in found.digests:
-            return found.version
+        with suppress(Damaged):
+            found = snapshots.read(path)
+            if digest in found.digests:
+                return found.version
     return None
 
 

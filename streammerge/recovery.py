@@ -92,9 +92,8 @@ def check_base(merge: Merge) -> None:
     merge.ledger.set_fact("base", seen)
 
 
-def prepare_folder(config: Config) -> Store:
-    """Make the store's folders so that the lock can be taken, or say why this place will not do."""
-    store = snapshots.Store(config.store)
+def refuse_network(config: Config) -> None:
+    """Raise ConfigError for a store on a network file system, unless that is allowed."""
     kind = machine.file_system(config.store if config.store.exists() else config.store.parent)
     if kind in machine.NETWORK_FILE_SYSTEMS and not config.allow_network_store:
         raise ConfigError(
@@ -103,8 +102,19 @@ def prepare_folder(config: Config) -> Store:
             hint="put the store on a local disk, or set allow_network_store: true "
             "and make sure only one host uses it",
         )
+
+
+def prepare_folder(config: Config) -> Store:
+    """Make the store's folders so that the lock can be taken, or say why this place will not do."""
+    store = snapshots.Store(config.store)
+    refuse_network(config)
     if store.ledger.exists():
         reports.refuse_stranger(store, writing=True)
+    if not store.exists and (store.root / snapshots.RESTORING).exists():
+        raise ConfigError(
+            f"the store {config.store} is being restored, or that was cut short",
+            hint="run `streammerge restore` again; it goes on where it was",
+        )
     if not store.exists and store.root.is_dir():
         strange = {p.name for p in store.root.iterdir()} - {
             "lock",

@@ -80,17 +80,13 @@ def way_without(merge: Merge, head: Snapshot, places: Collection[int]) -> Way:
 def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | None, int]:
     """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
     marked = merge.ledger.fact("damaged") or {}
-    best: tuple[Snapshot | None, int] = (None, 0)
-    for path in snapshots.folders(merge.store.snapshots):
-        found = snapshots.read(path)
-        count = len(found.fine_tunes)
-        if (
-            str(found.version) not in marked
-            and best[1] < count <= place
-            and found.digests == head.digests[:count]
-        ):
-            best = (found, count)
-    return best
+    sound = [
+        found
+        for found in snapshots.line_of(merge.store, head.digests[:place])
+        if str(found.version) not in marked and found.fine_tunes
+    ]
+    best = max(sound, key=lambda found: len(found.fine_tunes), default=None)
+    return best, len(best.fine_tunes) if best else 0
 
 
 def problem_of(merge: Merge, way: Way) -> str:
@@ -149,7 +145,7 @@ def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
             yield Incoming(finetune, entry["digest"], entry["weight"], entry["source"])
     finally:
         merge.needed.discard(str(row["id"]))
-        if not is_archived(merge, row):
+        if not is_archived(merge.config, row, inbox):
             files.remove_tree(inbox)
 
 

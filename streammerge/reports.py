@@ -1,4 +1,4 @@
-"""What the store says about itself, as the documented JSON: status, history, show, fine-tunes, verify.
+"""What the store says about itself, as the documented JSON: status, history, show, fine-tunes.
 
 Reads only: creates nothing, takes no lock, imports no torch. Both the command line and the HTTP port print
 what is made here.
@@ -17,7 +17,6 @@ from streammerge.errors import ConfigError, Damaged, StreammergeError
 from streammerge.ledger import Ledger, iso
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from streammerge.config import Config
@@ -62,6 +61,7 @@ def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
     }
     hold = ledger.fact("hold")
     per_version = version_bytes(settings)
+    most = full_store(config, str(settings.get("removal", "replay")))
     return {
         "current": current and {key: current[key] for key in ("version", "digest", "path")},
         "head": head and {key: head[key] for key in ("version", "digest", "path")},
@@ -80,11 +80,17 @@ def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
         "disk": {
             "version_bytes": per_version,
             "store_bytes": files.tree_bytes(store.root),
-            "full_store_bytes": per_version * (config.keep + 1),
+            "full_store_versions": most,
+            "full_store_bytes": per_version * most,
             "free_bytes": shutil.disk_usage(store.root).free,
             "reserve_bytes": config.reserve,
         },
     }
+
+
+def full_store(config: Config, removal: str) -> int:
+    """Say how many versions a store holds at most, a candidate among them, beside those within `grace`."""
+    return config.keep + (0 if removal == "subtract" else config.keep_spaced) + 1
 
 
 def version_bytes(settings: dict[str, Any]) -> int:
@@ -234,59 +240,3 @@ def match_fine_tune(rows: list[Row], name: str) -> Row:
         sources = ", ".join(sorted({row["source"] for row in found}))
         raise StreammergeError(f"{name} is published by {sources}", hint="write SOURCE:NAME")
     return max(found, key=lambda row: row["id"])
-
-
-def verify(store: Store, ledger: Ledger, beat: Callable[[str], None] = lambda _name: None) -> list[str]:
-    """Check every version byte for byte, and the ledger against the manifests.
-
-    Gives what is damaged, in words. What a kill leaves behind and the next start finishes is not damage: a
-    trailing version without its row, or `current` one step behind an intent.
-    """
-    damage: list[str] = []
-    rows = {row["version"]: row for row in ledger.rows("select * from snapshots")}
-    found: dict[int, snapshots.Snapshot] = {}
-    for path in snapshots.folders(store.snapshots):
-        beat(path.name)
-        try:
-            snapshot = snapshots.read(path)
-            found[snapshot.version] = snapshot
-            snapshots.check_hashes(snapshot)
-        except Damaged as exc:
-            damage.append(exc.message)
-    head = ledger.fact("head")
-    for version, snapshot in found.items():
-        row = rows.get(version)
-        if row is None and not (version == max(found) and snapshot.parent in (None, digest_of(found, head))):
-            damage.append(f"{snapshot.path} has no row in {store.ledger}")
-        elif row is not None and row["digest"] != snapshot.digest:
-            damage.append(
-                f"{snapshot.path} has digest {snapshot.digest[:12]}, {store.ledger} says {row['digest'][:12]}"
-            )
-    for version, row in rows.items():
-        if row["state"] in ("accepted", "rolled_back") and version not in found:
-            folder = store.snapshots / snapshots.folder_name(version, row["digest"])
-            if not any(folder.name in line for line in damage):
-                damage.append(f"{folder} is missing")
-    if missing := sorted(set(range(max(rows, default=-1) + 1)) - set(rows)):
-        damage.append(f"{store.ledger} has no row for version {missing[0]}")
-    damage += check_current(store, ledger, head)
-    return damage
-
-
-def digest_of(found: dict[int, snapshots.Snapshot], folder: str | None) -> str | None:
-    """Give the whole digest of an accepted folder."""
-    return next((snapshot.digest for snapshot in found.values() if snapshot.path.name == folder), None)
-
-
-def check_current(store: Store, ledger: Ledger, head: str | None) -> list[str]:
-    """Check that `current` and head lead to accepted versions."""
-    damage = []
-    serving = snapshots.current(store)
-    if head is not None and not (store.snapshots / head).is_dir():
-        damage.append(f"{store.snapshots / head}, the head, is missing")
-    unfinished = ledger.row("select 1 from promotions where switched_at is null")
-    if serving is not None and (serving.parent != store.snapshots or not serving.is_dir()):
-        damage.append(f"{store.current} leads to {serving}, which is no accepted version")
-    if serving is None and head is not None and not unfinished:
-        damage.append(f"{store.current} is missing")
-    return damage

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,11 @@ from streammerge import files
 from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
+RESTORING = ".restoring"  # in a store that `streammerge restore` has begun
 FOLDER = re.compile(r"^(\d{6,})-([0-9a-f]{12})$")
 
 
@@ -213,6 +215,18 @@ def read(path: Path) -> Snapshot:
 RESTORE = "restore the folder from a backup of the store"
 
 
+def line_of(store: Store, digests: Sequence[str]) -> Iterator[Snapshot]:
+    """Give the accepted versions that hold a beginning of these fine-tunes, oldest first.
+
+    What cannot be read is passed over: that is for whoever verifies.
+    """
+    for path in folders(store.snapshots):
+        with suppress(Damaged):
+            found = read(path)
+            if found.digests == list(digests[: len(found.digests)]):
+                yield found
+
+
 def folders(parent: Path) -> list[Path]:
     """List the sealed folders of candidates/ or snapshots/ by number, without reading them."""
     if not parent.is_dir():
@@ -242,33 +256,45 @@ def switch(store: Store, snapshot: Snapshot) -> None:
 
 def check_sizes(snapshot: Snapshot) -> None:
     """Raise Damaged unless every file of the manifest is there with its size and nothing else is."""
-    listed = snapshot.manifest["files"]
-    for name, facts in listed.items():
-        path = snapshot.path / name
-        if not path.is_file():
-            raise Damaged(f"{path} is missing", hint=RESTORE)
-        if path.stat().st_size != facts["bytes"]:
-            raise Damaged(
-                f"{path} has {path.stat().st_size:,} bytes, sealed with {facts['bytes']:,}", hint=RESTORE
-            )
-    for directory, _, names in os.walk(snapshot.path):
-        for name in names:
-            below = Path(directory, name).relative_to(snapshot.path).as_posix()
-            if below not in listed and below != "manifest.json":
-                raise Damaged(
-                    f"{snapshot.path / below} was not there when the version was sealed", hint=RESTORE
-                )
+    for what in differences(snapshot, content=False):
+        raise Damaged(what, hint=RESTORE)
 
 
 def check_hashes(snapshot: Snapshot, beat: Callable[[], None] = lambda: None) -> None:
     """Raise Damaged unless every file's content is what was sealed. Reads everything."""
     check_sizes(snapshot)
-    for name, facts in snapshot.manifest["files"].items():
-        beat()
-        if files.sha256_file(snapshot.path / name) != facts["sha256"]:
-            raise Damaged(
-                f"{snapshot.path / name} does not have the content it was sealed with", hint=RESTORE
-            )
+    for what in differences(snapshot, beat=lambda _name, _bytes: beat()):
+        raise Damaged(what, hint=RESTORE)
+
+
+def differences(
+    snapshot: Snapshot, beat: Callable[[str, int], None] = lambda _name, _bytes: None, *, content: bool = True
+) -> Iterator[str]:
+    """Name every file that is not as it was sealed: gone, of another size, not sealed at all, changed.
+
+    Reads every byte unless `content` is off; `beat` is told of each file that is read, with its size.
+    """
+    listed = snapshot.manifest["files"]
+    for name, facts in listed.items():
+        path = snapshot.path / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif (size := path.stat().st_size) != facts["bytes"]:
+            yield f"{path} has {size:,} bytes, sealed with {facts['bytes']:,}"
+        elif content:
+            beat(f"{snapshot.path.name}/{name}", size)
+            try:
+                is_same = files.sha256_file(path) == facts["sha256"]
+            except OSError as exc:
+                yield f"{path} cannot be read: {exc.strerror}"
+                continue
+            if not is_same:
+                yield f"{path} does not have the content it was sealed with"
+    for directory, _, names in os.walk(snapshot.path):
+        for name in names:
+            below = Path(directory, name).relative_to(snapshot.path).as_posix()
+            if below not in listed and below != "manifest.json":
+                yield f"{snapshot.path / below} was not there when the version was sealed"
 
 
 def remove_unfinished(store: Store) -> list[str]:

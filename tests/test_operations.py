@@ -347,7 +347,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_names_what_is_damaged(site: Site, damage: str) -> None:
     """Exit 3 and the path of the damaged file, whichever version it is in."""
-    assert site.ask("verify") == {"damaged": False, "findings": []}
+    assert site.ask("verify") == {"damaged": False, "findings": [], "unfinished": [], "hints": {}}
     change, name = DAMAGES[damage]
     path = change(find(site, 2, name))
     found = site.ask("verify", code=3)

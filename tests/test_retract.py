@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import models
 import pytest
 import torch
 from daemons import Site, until
 from rich.console import Console
+from shops import Shop
 
-from streammerge import files, methods, once, rebuild, snapshots
-from streammerge.config import Config
+from streammerge import methods, once, rebuild
 from streammerge.errors import StreammergeError
-from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -27,64 +25,6 @@ if TYPE_CHECKING:
 NAMES = ("ant", "bee", "cat", "dog")
 TOLERANCE = 1e-5  # of the merged delta, for what is subtracted in float32
 OWN_TOLERANCE = {"regmean": 1e-4, "wudi": 1e-5}
-
-
-def knobs_of(method: str) -> dict[str, Any]:
-    """Knobs without which fine-tunes without sidecars are refused."""
-    return {"missing": "uniform"} if methods.sidecar(method) else {}
-
-
-class Shop:
-    """A store in this process, worked off by `run --once`."""
-
-    def __init__(self, root: Path, method: str, **keys: Any) -> None:
-        """Publish nothing yet."""
-        self.root = root
-        root.mkdir()
-        self.base = models.make_base(root / "base")
-        (root / "fine-tunes").mkdir()
-        source = {"name": "team", "type": "directory", "path": root / "fine-tunes", "settle": 0}
-        given = {"archive": "keep", "keep": 2, "grace": 0, **keys}
-        told = {"base": root / "base", "store": root / "store", "device": "cpu", "threads": 1, **given}
-        self.config = Config.model_validate(
-            {**told, "method": method, "knobs": knobs_of(method), "sources": [source]}
-        )
-
-    def publish(self, names: Sequence[str]) -> None:
-        """Fold these, one after another."""
-        for name in names:
-            models.make_fine_tune(self.root / "fine-tunes" / name, self.base, seed=10 + NAMES.index(name[:3]))
-            once.run_once(self.config)
-
-    def do(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """Execute one command as the command line would without a daemon."""
-        return obey(self.config, verb, arguments)
-
-    @property
-    def model(self) -> dict[str, Tensor]:
-        """What is served."""
-        return models.load(self.root / "store" / "current" / "model" / "model.safetensors")
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """How it came about."""
-        return dict(json.loads((self.root / "store" / "current" / "manifest.json").read_bytes()))
-
-
-def obey(config: Config, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Leave a command in the ledger, have it executed, give its answer."""
-    store = snapshots.Store(config.store)
-    ledger = Ledger(store.ledger)
-    number = ledger.ask(verb, arguments)
-    with files.locked(store.lock):
-        once.obey_once(config)
-    row = ledger.row("select * from commands where id = ?", number)
-    ledger.close()
-    assert row is not None
-    result = json.loads(row["result"])
-    if row["state"] == "failed":
-        raise StreammergeError(result["error"], hint=result["hint"])
-    return dict(result)
 
 
 def distance(got: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]) -> float:

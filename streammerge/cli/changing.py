@@ -24,6 +24,8 @@ from streammerge.cli.console import (
     parse_knobs,
     print_json,
     read_config,
+    reading_bar,
+    size,
 )
 from streammerge.errors import Locked, StreammergeError, TryAgain
 
@@ -124,6 +126,61 @@ def rebuild(
         "knobs and store in the configuration and restart the daemon",
         soft_wrap=True,
     )
+
+
+@app.command("backup")
+def back_up(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="Where the copy is, or is to be.")],
+    config: ConfigOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the store, whoever works in it; what is there already is not copied again."""
+    from streammerge import backup
+
+    settings = read_config(config)
+    with reading_bar("backing up", lambda: files_of(settings.store)) as beat:
+        made = backup.backup(settings, place.absolute(), beat)
+    say_copied(made, f"version {made['version']} and {made['versions'] - 1} others", as_json=as_json)
+
+
+@app.command("restore")
+def restore_store(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="A copy that `backup` made.")],
+    config: ConfigOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the configured store, which must not be there yet, from a backup."""
+    from streammerge import backup
+
+    settings, place = read_config(config), place.absolute()
+    with reading_bar("restoring", lambda: files_of(place)) as beat:
+        made = backup.restore(settings, place, beat)
+    say_copied(made, f"version {made['version']} is head again, and {made['versions'] - 1} others are there",
+               as_json=as_json)  # fmt: skip
+
+
+def files_of(store: Path) -> int:
+    """Sum the sizes of a store's versions."""
+    from streammerge import files, snapshots
+
+    return files.tree_bytes(snapshots.Store(store).snapshots)
+
+
+def say_copied(made: dict[str, Any], what: str, *, as_json: bool) -> None:
+    """Say what a copy came to; exit 3 where something damaged was left out."""
+    if as_json:
+        print_json(made)
+    else:
+        out.print(
+            f"{made['place']}: {what}; {size(made['copied_bytes'])} copied, {size(made['bytes'])} in all",
+            soft_wrap=True,
+        )
+        for line in made["damaged"]:
+            out.print(f"[red]damaged, left out:[/] {escape(line)}", soft_wrap=True)
+    if made["damaged"]:
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from streammerge.config import Config
     from streammerge.errors import StreammergeError
 
@@ -78,6 +82,21 @@ def read_config(path: Path | None) -> Config:
     from streammerge import configfile
 
     return configfile.load(configfile.locate(path))[0]
+
+
+@contextmanager
+def reading_bar(what: str, total: Callable[[], int]) -> Iterator[Callable[[str, int], None]]:
+    """Show how far long reading is, on a terminal; gives what is called with each name and its bytes."""
+    if not err.is_terminal:
+        yield lambda _name, _bytes: None
+        return
+    with Progress(console=err, transient=True) as progress:
+        bar = progress.add_task(what, total=total())
+
+        def beat(name: str, count: int) -> None:
+            progress.update(bar, description=f"{what} {name}", advance=count)
+
+        yield beat
 
 
 def size(count: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -14,12 +13,12 @@ from streammerge.cli.console import (
     JsonOption,
     NameArgument,
     app,
-    err,
     fine_tunes_app,
     out,
     print_json,
     print_table,
     read_config,
+    reading_bar,
     size,
 )
 from streammerge.errors import StreammergeError
@@ -63,7 +62,8 @@ def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     disk = found["disk"]
     out.print(
         f"disk      {size(disk['store_bytes'])} used, {size(disk['version_bytes'])} a version, up to "
-        f"{size(disk['full_store_bytes'])} with keep: {settings.keep}; {size(disk['free_bytes'])} free"
+        f"{size(disk['full_store_bytes'])} with {disk['full_store_versions']} of them; "
+        f"{size(disk['free_bytes'])} free"
     )
 
 
@@ -138,21 +138,32 @@ def path(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
     print_json({"path": str(found)}) if as_json else sys.stdout.write(f"{found}\n")
 
 
-@app.command()
-def verify(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
-    """Read every byte of every version back and compare; exit 3 if anything is damaged."""
-    from streammerge import reports
+@app.command("verify")
+def verify_store(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Read every byte back and compare it with what was sealed, and the ledger with it; exit 3 for damage."""
+    from streammerge import snapshots, verify
 
-    store, ledger = reports.open_for_reading(read_config(config))
-    with err.status("verifying") if err.is_terminal else nullcontext() as shown:
-        damage = reports.verify(
-            store, ledger, lambda name: shown.update(f"verifying {name}") if shown else None
-        )
+    settings = read_config(config)
+    with reading_bar("verifying", lambda: verify.total_bytes(snapshots.Store(settings.store))) as beat:
+        found = verify.verify(settings, beat)
+    damage = [finding for finding in found if finding.is_damage]
+    unfinished = [finding for finding in found if not finding.is_damage]
     if as_json:
-        print_json({"damaged": bool(damage), "findings": damage})
+        print_json(
+            {
+                "damaged": bool(damage),
+                "findings": [finding.what for finding in damage],
+                "unfinished": [finding.what for finding in unfinished],
+                "hints": {finding.what: finding.hint for finding in found},
+            }
+        )
     else:
-        for line in damage:
-            out.print(f"[red]damaged[/] {escape(line)}", soft_wrap=True)
+        for finding in damage:
+            out.print(f"[red]damaged[/] {escape(finding.what)}", soft_wrap=True)
+        for finding in unfinished:
+            out.print(f"unfinished {escape(finding.what)}", soft_wrap=True)
+        for hint in dict.fromkeys(finding.hint for finding in found):
+            out.print(f"hint: {escape(hint)}", soft_wrap=True)
         if not damage:
             out.print("every version is what was sealed")
     if damage:

@@ -219,6 +219,11 @@ def can_unfold(name: str, knobs: Mapping[str, Any]) -> bool:
     return hasattr(method, "unfold") and bool(removable(**accepted(removable, knobs)))
 
 
+def removal(name: str, knobs: Mapping[str, Any]) -> Literal["subtract", "replay"]:
+    """How a fine-tune is taken out."""
+    return "subtract" if can_unfold(name, knobs) else "replay"
+
+
 def sidecar(name: str) -> str:
     """Name of the file that a method wants beside a fine-tune's weights, "" for none."""
     return str(getattr(load(name), "SIDECAR", ""))
@@ -312,7 +317,7 @@ def describe(name: str) -> Description:
         data,
         method.WEIGHTED,
         method.ORDER_FREE,
-        "subtract" if can_unfold(name, knobs) else "replay",
+        removal(name, knobs),
         method.PAPER,
         method.NOTES,
     )

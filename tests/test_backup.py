@@ -1,0 +1,230 @@
+"""Backup and restore: always whole, never taken from what is damaged, and gone on from with nothing twice."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from daemons import Site, until
+from shops import NAMES, Shop
+
+from streammerge import backup, files, verify
+from streammerge.errors import ConfigError, Damaged, NoSpace
+from streammerge.snapshots import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A store with versions 0 to 3, of which two are beyond `keep`; beside it how it looks with one more."""
+    shop = Shop(tmp_path_factory.mktemp("made") / "shop", "average", keep=2, archive="keep")
+    shop.publish(NAMES[:3])
+    shutil.copytree(shop.config.store, shop.root / "store-4", symlinks=True)
+    shop.at(shop.root / "store-4").publish(NAMES[3:])
+    return shop
+
+
+@pytest.fixture
+def shop(made: Shop, tmp_path: Path) -> Shop:
+    """A copy of the store with three, for one test."""
+    shutil.copytree(made.root / "store", tmp_path / "shop", symlinks=True)
+    return made.at(tmp_path / "shop")
+
+
+def one_more(made: Shop, place: Path) -> Shop:
+    """A copy of the store with four."""
+    shutil.copytree(made.root / "store-4", place, symlinks=True)
+    return made.at(place)
+
+
+def quiet(_name: str, _bytes: int) -> None:
+    """Nobody watches."""
+
+
+def save(shop: Shop, place: Path) -> dict[str, Any]:
+    """Back a store up and check that the copy is a sound store itself."""
+    made = backup.backup(shop.config, place, quiet)
+    assert verify.verify(shop.at(place).config) == []
+    return made
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a sealed file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(0o444)
+
+
+def folders(place: Path) -> list[str]:
+    """Names of the versions in a store."""
+    return sorted(path.name for path in (place / "snapshots").iterdir())
+
+
+def test_the_second_backup_copies_what_is_new(made: Shop, shop: Shop, tmp_path: Path) -> None:
+    """The same twice copies nothing; one more fine-tune copies one version and removes what gc removed."""
+    place = tmp_path / "backup"
+    first = save(shop, place)
+    assert (first["version"], first["versions"], first["damaged"]) == (3, 2, [])
+    assert folders(place) == folders(shop.config.store)
+    assert save(shop, place)["copied_bytes"] == 0
+    later = one_more(made, tmp_path / "later")
+    second = save(later, place)
+    assert 0 < second["copied_bytes"] < first["copied_bytes"]
+    assert folders(place) == folders(later.config.store)
+    assert (place.stat().st_mode & 0o777, (place / "ledger.db").stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_a_restored_store_goes_on_with_nothing_twice(made: Shop, shop: Shop, tmp_path: Path) -> None:
+    """What came after the backup is folded again, once; what waited then is not executed."""
+    place = tmp_path / "backup"
+    ledger = sqlite3.connect(shop.config.store / "ledger.db")
+    with contextlib.closing(ledger):
+        ledger.execute("insert into commands (verb, arguments, asked_at) values ('rollback', '{}', 0)")
+        ledger.commit()
+        save(shop, place)
+    expected = one_more(made, tmp_path / "later").manifest["fine_tunes"]
+    other = shop.at(tmp_path / "elsewhere" / "store")
+    (tmp_path / "elsewhere").mkdir()
+    made = backup.restore(other.config, place, quiet)
+    assert (made["version"], made["damaged"]) == (3, [])
+    assert verify.verify(other.config) == []
+    assert [entry["name"] for entry in other.manifest["fine_tunes"]] == list(NAMES[:3])
+    other.work()
+    assert other.manifest["fine_tunes"] == expected
+    assert other.manifest["version"] == 4
+    assert verify.verify(other.config) == []
+    with pytest.raises(ConfigError, match="there is a store"):
+        backup.restore(other.config, place, quiet)
+    assert backup.backup(other.config, place, quiet)["version"] == 4  # it is the same store to its backup
+
+
+def test_damage_does_not_reach_the_backup(shop: Shop, tmp_path: Path) -> None:
+    """An older version: left out and said, or kept as it was. Head: refused; the copy of before stays."""
+    place, fresh = tmp_path / "backup", tmp_path / "fresh"
+    save(shop, place)
+    old, head = folders(shop.config.store)
+    flip(shop.config.store / "snapshots" / old / "model" / "config.json")
+    assert save(shop, place)["damaged"] == []
+    assert folders(place) == [old, head]
+    assert ["config.json" in line for line in save(shop, fresh)["damaged"]] == [True]
+    assert folders(fresh) == [head]
+    flip(shop.config.store / "snapshots" / head / "state" / "sum-00001.safetensors")
+    with pytest.raises(Damaged, match="sum-00001"):
+        backup.backup(shop.config, tmp_path / "third", quiet)
+    assert not Store(tmp_path / "third").exists
+    save(shop, place)
+    flip(place / "snapshots" / head / "model" / "config.json")
+    with pytest.raises(Damaged):
+        backup.backup(shop.config, place, quiet)
+    other = shop.at(tmp_path / "store")
+    with pytest.raises(Damaged, match=r"config\.json"):
+        backup.restore(other.config, place, quiet)
+    with pytest.raises(ConfigError, match="is being restored"):
+        other.work()
+    shutil.copy(shop.root / "base" / "config.json", place / "snapshots" / head / "model" / "config.json")
+    backup.restore(other.config, place, quiet)
+    assert verify.verify(other.config) == []
+
+
+def test_what_rotted_in_the_backup_is_copied_again(shop: Shop, tmp_path: Path) -> None:
+    """Each run reads the copy back."""
+    place = tmp_path / "backup"
+    save(shop, place)
+    flip(place / "snapshots" / folders(place)[0] / "model" / "config.json")
+    kept = min((place / "inbox").iterdir()) / "model.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+    assert save(shop, place)["copied_bytes"] > 0
+    assert save(shop, place)["copied_bytes"] == 0
+
+
+MOMENTS = range(1, 40)
+
+
+@pytest.mark.parametrize(
+    "cut_at", [n if n % 6 == 1 else pytest.param(n, marks=pytest.mark.slow) for n in MOMENTS]
+)
+def test_cut_anywhere_the_backup_is_the_old_or_the_new_one(
+    cut_at: int, made: Shop, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at any change of a name, what lies there can be restored; run again, it is complete."""
+    place = tmp_path / "backup"
+    save(shop, place)
+    later = one_more(made, tmp_path / "later")
+    steps = [0]
+
+    class Cut(BaseException):
+        """As a kill would."""
+
+    def cut_short(folder: Path) -> None:
+        steps[0] += 1
+        if steps[0] == cut_at:
+            raise Cut
+        real(folder)
+
+    real = files.fsync_folder
+    with monkeypatch.context() as patch, contextlib.suppress(Cut):
+        patch.setattr(files, "fsync_folder", cut_short)
+        backup.backup(later.config, place, quiet)
+    other = shop.at(tmp_path / "store")
+    assert backup.restore(other.config, place, quiet)["version"] in (3, 4)
+    assert verify.verify(other.config) == []
+    assert save(later, place)["version"] == 4
+
+
+def test_a_backup_goes_nowhere_it_should_not(shop: Shop, tmp_path: Path) -> None:
+    """Not into the store, not over other things, not over another store's backup, not onto a full disk."""
+    inside = shop.config.store / "inbox" / "backup"
+    with pytest.raises(ConfigError, match="lie within each other"):
+        backup.backup(shop.config, inside, quiet)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ConfigError, match=r"cat\.jpg"):
+        backup.backup(shop.config, tmp_path / "photos", quiet)
+    other = Shop(tmp_path / "other", "average")
+    other.publish(NAMES[:1])
+    save(other, tmp_path / "backup")
+    with pytest.raises(ConfigError, match="another store"):
+        backup.backup(shop.config, tmp_path / "backup", quiet)
+    with pytest.raises(ConfigError, match="no backup"):
+        backup.restore(other.at(tmp_path / "new").config, tmp_path / "photos", quiet)
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    with pytest.raises(ConfigError, match=r"not empty: it holds cat\.jpg"):
+        backup.restore(other.at(tmp_path / "photos").config, tmp_path / "backup", quiet)
+    full = shop.at(shop.config.store)
+    full.config = full.config.model_copy(update={"reserve": 1 << 60})
+    with pytest.raises(NoSpace, match="copying 2 versions"):
+        backup.backup(full.config, tmp_path / "nightly", quiet)
+
+
+def test_a_backup_while_the_daemon_folds_can_be_restored_and_moved(tmp_path: Path) -> None:
+    """Taken again and again while fine-tunes come in, each copy is whole; a store may also be moved."""
+    site = Site(tmp_path / "site", keep=1, grace="0s", archive="keep")
+    place = tmp_path / "backup"
+    with site.daemon() as daemon:
+        for number in range(1, 7):
+            site.publish(f"tune-{number}", number)
+            made = site.ask("backup", str(place))
+            assert made["damaged"] == []
+        daemon.until_state({f"tune-{number}": "folded" for number in range(1, 7)})
+    site.store.rename(tmp_path / "moved")
+    site.configure(store=str(tmp_path / "moved"))
+    assert site.ask("verify")["damaged"] is False
+    site.configure(store=str(tmp_path / "restored"))
+    restored = site.ask("restore", str(place))["version"]
+    assert site.ask("verify") == {"damaged": False, "findings": [], "unfinished": [], "hints": {}}
+    site.configure(targets=[{"name": "hook", "type": "exec", "argv": ["true"]}])
+    with site.daemon() as daemon:
+        daemon.until_state({f"tune-{number}": "folded" for number in range(1, 7)})
+        until(lambda: daemon.ask("status")["targets"][0]["state"] == "confirmed", "the target is told")
+        status = daemon.ask("status")
+    assert (status["count"], status["current"]["version"] >= restored) == (6, True)
+    assert sorted(site.ask("show", "head")["fine_tunes"], key=str) == sorted(
+        {entry["digest"]: entry for entry in site.ask("show", "head")["fine_tunes"]}.values(), key=str
+    )
