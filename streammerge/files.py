@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammerge.errors import Locked, NoSpace
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +87,15 @@ def replace_file(path: Path, content: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def make_folder(path: Path, mode: int) -> None:
+    """Make a folder that never has another mode than this, whatever the umask; its parents as usual."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    temporary.chmod(mode)
+    temporary.rename(path)
+
+
 def replace_link(link: Path, target: str) -> None:
     """Point the symlink `link` at `target` in one step that readers cannot see half of."""
     temporary = link.with_name(f".{link.name}.tmp")
@@ -139,6 +149,7 @@ def remove_tree(folder: Path) -> None:
         remove_tree(doomed)
         folder.chmod(0o755)
         folder.rename(doomed)
+        reached("hidden")
     for directory, _, _ in os.walk(doomed):
         Path(directory).chmod(0o755)
     shutil.rmtree(doomed)

@@ -15,6 +15,7 @@ import structlog
 from streammerge import collect, files, pipeline, promote, reports, snapshots
 from streammerge.errors import Damaged, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -61,16 +62,21 @@ def execute(merge: Merge, row: Row) -> dict[str, Any]:
     arguments = json.loads(row["arguments"])
     if row["verb"] in HEAVY:
         result = HEAVY[row["verb"]](merge, **arguments)
+        reached("obeyed")
         merge.ledger.answer(row["id"], "done", result)
+        reached("answered")
         return result
     with merge.turn:
         if row["verb"] == "gc":
             result = gc(merge)
+            reached("obeyed")
             merge.ledger.answer(row["id"], "done", result)
         else:
             with merge.ledger.transaction():
                 result = VERBS[row["verb"]](merge, **arguments)
                 merge.ledger.answer(row["id"], "done", result)
+                reached("obeyed")
+        reached("answered")
         promote.switch(merge)
     return result
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import aside, files, operations, pipeline, reconcile, recovery, reports, snapshots
+from streammerge import aside, collect, files, operations, pipeline, reconcile, recovery, reports, snapshots
 from streammerge.errors import Damaged, NoSpace, Stopped, TryAgain
 from streammerge.ledger import now
 
@@ -129,6 +129,7 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
         conclude_open(merge)
     row = next_row(merge, sources, fetched_elsewhere)
     if row is None:
+        collect.tidy_inbox(merge)
         if merge.full_disk and not merge.ledger.fine_tunes("pending"):
             with suppress(NoSpace):
                 pipeline.require_space(merge, "going on")
