@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -41,11 +42,15 @@ SHORT = (
     "refused by a gate",
     "collected by a command",
 )  # pass every step
-WHERE = """A step is killed at up to its third passing. Which steps and effects an operation has is what its
-undisturbed run had; an effect is a change of the file system as the interpreter's audit events tell it, or a
-commit of the ledger.""".replace("\n", " ")
-COMPARED = """Compared: every byte and mode in the store, every row of the ledger without times, where `current`
-leads, and what the targets wrote down. `verify` after every kill.""".replace("\n", " ")
+WHERE = (
+    "A step is killed at up to its third passing. Which steps and effects an operation has is what its "
+    "undisturbed run had; an effect is a change of the file system as the interpreter's audit events tell it, "
+    "or a commit of the ledger."
+)
+COMPARED = (
+    "Compared: every byte and mode in the store, every row of the ledger without times, where `current` leads, "
+    "and what the targets wrote down. `verify` after every kill."
+)
 
 
 class Unlike(AssertionError):
@@ -260,12 +265,20 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
+    _said: int = 0
 
     def add(self, kind: str, what: str, found: list[str] | None) -> None:
         """Count one run; None is one that never came to its place."""
         self.counts[kind if found is not None else "not reached"] += 1
         if found:
             self.differences.append(f"{what}: {'; '.join(found)}")
+
+    def say(self, done: str) -> None:
+        """Tell who waits how far it is."""
+        sys.stderr.write(f"  {done}: {dict(self.counts)}, {len(self.differences)} differences\n")
+        for difference in self.differences[self._said :]:
+            sys.stderr.write(f"    {difference}\n")
+        self._said = len(self.differences)
 
 
 def passings(stage: Stage, most: int = PASSINGS) -> Iterator[Blow]:
@@ -306,7 +319,9 @@ def measure(work: Path, scale: str) -> Findings:
                 met |= {f"daemon {blow.step}", blow.step}
         for blow in effects(stage) if is_full else ():
             tally.add("before an effect", f"{name}, at {blow}", killed_at(stage, blow))
+        tally.say(name)
     kill_at_random(stages, tally, RANDOM_KILLS[scale])
+    tally.say("at random")
     findings = Findings("Killed anywhere, does it end as undisturbed?", differences=tally.differences)
     unpassed = sorted(set(STEPS) - met)
     findings.figures = [

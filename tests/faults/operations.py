@@ -129,11 +129,8 @@ def with_fisher(site: Site) -> None:
     for number, name in enumerate(NAMES[:2], 1):
         site.prepare(name, number)
         random = torch.Generator().manual_seed(number)
-        values = {
-            n: torch.rand(v.shape, generator=random) + 0.01
-            for n, v in site.base.items()
-            if v.is_floating_point()
-        }
+        floats = {n: values for n, values in site.base.items() if values.is_floating_point()}
+        brought = {n: torch.rand(values.shape, generator=random) + 0.01 for n, values in floats.items()}
         save_file(brought, site.root / "staging" / name / "fisher.safetensors")
         site.move_in(name)
 
@@ -159,9 +156,12 @@ FOLDED = dict.fromkeys(NAMES, "folded")
 
 OPERATIONS = (
     Operation("full weights", NAMES, {**FOLDED, "z-broken": "refused"}, begin=good_and_bad),
-    Operation("adapters", ("a", "c", "b"), FOLDED, {"archive": "adapters"}, begin=adapters),
     Operation(
-        "sidecars", ("a", "b"), {"a": "folded", "b": "folded"}, {"method": "fisher"}, begin=with_fisher,
+        "adapters", ("a", "c", "b"), FOLDED, {"archive": "adapters"}, lay=work_off, begin=adapters,
+    ),
+    Operation(
+        "sidecars", ("a", "b"), {"a": "folded", "b": "folded"}, {"method": "fisher"},
+        lay=work_off, begin=with_fisher,
     ),
     Operation(
         "a new revision in place of the old", ("b", "a"), {"a": "folded", "b": "folded"}, OPCM,
@@ -206,7 +206,7 @@ OPERATIONS = (
     ),
     Operation(
         "refused by a gate", ("a", "c"), {**FOLDED, "b": "quarantined"}, {"keep_refused": 0},
-        lay=gated, begin=publish(*NAMES),
+        lay=after(gated, work_off), begin=publish(*NAMES),
     ),
     Operation(
         "taken up again", ("a", "b"), {"a": "folded", "b": "folded"},
@@ -216,6 +216,9 @@ OPERATIONS = (
         "collected by a command", NAMES, FOLDED, {"grace": "0s"},
         lay=one_by_one(*NAMES), begin=configure(keep=1), asked=("gc",),
     ),
-    Operation("collected by folds", NAMES, FOLDED, {"grace": "0s", "keep": 1, "targets": []}, begin=publish(*NAMES)),
+    Operation(
+        "collected by folds", NAMES, FOLDED, {"grace": "0s", "keep": 1, "targets": []},
+        lay=work_off, begin=publish(*NAMES),
+    ),
     Operation("two targets are told", NAMES, FOLDED, begin=unheard),
 )  # fmt: skip

@@ -72,7 +72,7 @@ def under_a_fold(site: Site) -> tuple[float, bool]:
     """Roll back while a daemon folds; gives the seconds, and whether it was folding before and after."""
     with site.daemon() as daemon:
         site.move_in("c")
-        until(lambda: daemon.metric("streammerge_folding") == 1, "folding", FOLD_SECONDS)
+        until(lambda: daemon.metric("streammerge_fold_in_progress") == 1, "folding", FOLD_SECONDS)
         site.run("rollback", "--yes")
         folding = site.states()["c"] == "pending"
         assert site.served == ["a"]
