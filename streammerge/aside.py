@@ -12,6 +12,7 @@ import structlog
 from streammerge import files
 from streammerge.errors import DiskFails, NoDeviceMemory, RateLimited, Unable, Withheld
 from streammerge.ledger import now
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from streammerge.errors import Refused, TryAgain
@@ -37,6 +38,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
     state = "quarantined" if why.reason in QUARANTINED else OTHER_STATES.get(why.reason, state)
     detail = f"{why.message}; {why.hint}" if why.hint else why.message
     merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
+    reached("refused")
     if state in ("refused", "quarantined"):
         merge.metrics.refused.labels(why.reason).inc()
     if state != "denied":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from streammerge import files, methods, promote, snapshots
 from streammerge.headers import ADAPTER_WEIGHTS
 from streammerge.ledger import now
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +29,7 @@ def tidy(merge: Merge) -> list[str]:
         removed = [path.name for path in collectable(merge)]
         for path in collectable(merge):
             merge.ledger.update_snapshot(int(path.name.split("-")[0]), state="collected")
+            reached("collected")
             files.remove_tree(path)
         refused = [
             row["version"]

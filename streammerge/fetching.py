@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from streammerge import files, machine, methods, reports, weights
 from streammerge.errors import Refused
 from streammerge.headers import Incomplete
-from streammerge.merging import reached
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from streammerge.errors import Locked
 from streammerge.machine import named
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +65,15 @@ def replace_file(path: Path, content: bytes) -> None:
     write_file(temporary, content)
     temporary.replace(path)
     fsync_folder(path.parent)
+
+
+def make_folder(path: Path, mode: int) -> None:
+    """Make a folder that never has another mode than this, whatever the umask; its parents as usual."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    temporary.chmod(mode)
+    temporary.rename(path)
 
 
 def replace_link(link: Path, target: str) -> None:
@@ -119,6 +129,7 @@ def remove_tree(folder: Path) -> None:
         remove_tree(doomed)
         folder.chmod(0o755)
         folder.rename(doomed)
+        reached("hidden")
     for directory, _, _ in os.walk(doomed):
         Path(directory).chmod(0o755)
     shutil.rmtree(doomed)

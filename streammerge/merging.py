@@ -6,8 +6,6 @@ whoever made this object; `turn` serialises the few moments at which head or cur
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,12 +29,6 @@ if TYPE_CHECKING:
     from streammerge.ledger import Ledger
     from streammerge.metrics import Metrics
     from streammerge.snapshots import Snapshot, Store
-
-KILL_VARIABLE = "STREAMMERGE_KILL_AT"
-STEPS = (
-    "announced", "fetched", "copied", "screened", "folded", "rendered", "sealed", "recorded", "gated",
-    "accepted", "intended", "switched", "told",
-)  # fmt: skip
 
 log = structlog.get_logger()
 
@@ -95,19 +87,6 @@ class Merge:
         totals = snapshot.manifest["totals"]
         known = {key: totals[key] for key in Totals.__dataclass_fields__}
         return State(snapshot.state, hashes, Totals(**known), snapshot.digest)
-
-
-def reached(step: str) -> None:
-    """Mark a step of DESIGN 6. For crash tests: STREAMMERGE_KILL_AT=STEP[:NTH] kills the process here."""
-    assert step in STEPS, step
-    wanted, _, nth = os.environ.get(KILL_VARIABLE, "").partition(":")
-    if wanted == step:
-        _passed[step] = _passed.get(step, 0) + 1
-        if _passed[step] == int(nth or 1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-_passed: dict[str, int] = {}
 
 
 def settings_of(

@@ -15,6 +15,7 @@ import structlog
 from streammerge import collect, files, pipeline, promote, reports, snapshots, unfinished
 from streammerge.errors import Damaged, Stopped, StreammergeError, TryAgain, Unable
 from streammerge.ledger import now
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -63,17 +64,22 @@ def execute(merge: Merge, row: Row) -> dict[str, Any]:
     arguments = json.loads(row["arguments"])
     if row["verb"] in HEAVY:
         result = HEAVY[row["verb"]](merge, **arguments)
+        reached("obeyed")
         merge.ledger.answer(row["id"], "done", result)
+        reached("answered")
         return result
     with merge.turn:
         unfinished.finish(merge)  # a version that was accepted and not recorded is head, for a rollback too
         if row["verb"] == "gc":
             result = gc(merge)
+            reached("obeyed")
             merge.ledger.answer(row["id"], "done", result)
         else:
             with merge.ledger.transaction():
                 result = VERBS[row["verb"]](merge, **arguments)
                 merge.ledger.answer(row["id"], "done", result)
+                reached("obeyed")
+        reached("answered")
         promote.switch(merge)
     return result
 

@@ -26,9 +26,9 @@ from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.ledger import now
 from streammerge.lineage import manifest_of
-from streammerge.merging import reached
 from streammerge.methods import Totals
 from streammerge.state import State
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -199,10 +199,19 @@ def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
 
 
 def without(merge: Merge, head: Snapshot, places: Collection[int]) -> Snapshot:
-    """Seal a candidate that holds head's fine-tunes but those at `places`."""
-    way = replay.way_without(merge, head, places)
+    """Seal a candidate that holds head's fine-tunes but those at `places`; one left by a kill will do."""
     kept = [entry for place, entry in enumerate(head.fine_tunes) if place not in places]
-    return along(merge, head, way, kept)
+    return left_sealed(merge, head, kept) or along(merge, head, replay.way_without(merge, head, places), kept)
+
+
+def left_sealed(merge: Merge, head: Snapshot, entries: list[dict[str, Any]]) -> Snapshot | None:
+    """Find the undecided candidate that follows head and holds `entries`."""
+    for row in merge.ledger.rows("select * from snapshots where state = 'candidate'"):
+        path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
+        candidate = snapshots.read(path)
+        if (candidate.parent, candidate.fine_tunes) == (head.digest, entries):
+            return candidate
+    return None
 
 
 def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]]) -> Snapshot:

@@ -16,6 +16,7 @@ from streammerge import linalg, methods
 from streammerge.errors import StreammergeError
 from streammerge.headers import CODES, WeightsSet
 from streammerge.state import SlotFiles
+from streammerge.steps import reached
 from streammerge.weights import Weights, Writer
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Prepared:
             with Writer(part, declared) as writer:
                 for slot, values in slots.items():
                     writer.write(slot, values)
+            reached("prepared")
             return part.rename(folder / f"{number:05d}-{writer.sha256[:HASH_CHARACTERS]}.safetensors")
         except BaseException:
             part.unlink(missing_ok=True)

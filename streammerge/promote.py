@@ -14,7 +14,7 @@ import structlog
 from streammerge import machine, snapshots
 from streammerge.errors import Stopped, TryAgain
 from streammerge.ledger import now
-from streammerge.merging import reached
+from streammerge.steps import reached
 from streammerge.targets import Told
 
 if TYPE_CHECKING:

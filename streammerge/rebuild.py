@@ -121,7 +121,9 @@ def fold_all(merge: Merge, head: Snapshot) -> dict[str, Any]:
             hint="publish them again at that revision, or retract them first",
         )
     if entries:
-        candidate = pipeline.along(merge, merge.head, replay.all_of(entries), entries)
+        candidate = pipeline.left_sealed(merge, merge.head, entries) or pipeline.along(
+            merge, merge.head, replay.all_of(entries), entries
+        )
         if not pipeline.conclude(merge, candidate, asked_for=True):
             note = (merge.ledger.snapshot(candidate.version) or {}).get("note")
             raise StreammergeError(f"the new merge is refused: {note}", hint="nothing was changed")

@@ -12,8 +12,8 @@ import structlog
 
 from streammerge.config import Since
 from streammerge.ledger import iso, now
-from streammerge.merging import reached
 from streammerge.sources import Known
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files, machine, methods, pipeline, promote, reports, snapshots, unfinished
-from streammerge.collect import tidy_inbox
+from streammerge.collect import tidy, tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
@@ -20,6 +20,7 @@ from streammerge.ledger import Ledger, now
 from streammerge.merging import Merge, added_globs, check_cap, check_method, recipe_of, settings_of
 from streammerge.plan import Recipe, idle_globs
 from streammerge.prepared import Prepared
+from streammerge.steps import reached
 from streammerge.weights import Weights, identity
 
 if TYPE_CHECKING:
@@ -116,15 +117,9 @@ def prepare_folder(config: Config) -> Store:
             hint="run `streammerge restore` again; it goes on where it was",
         )
     if not store.exists and store.root.is_dir():
-        strange = {p.name for p in store.root.iterdir()} - {
-            "lock",
-            "inbox",
-            "candidates",
-            "snapshots",
-            "base",
-            "base.part",
-            ".store.json.tmp",
-        }
+        folders = {"inbox", "candidates", "snapshots"}
+        begun = {f".{name}.tmp" for name in (*folders, "store.json")}
+        strange = {p.name for p in store.root.iterdir()} - folders - begun - {"lock", "base", "base.part"}
         if strange:
             raise ConfigError(
                 f"store {config.store} is no store and holds {min(strange)}",
@@ -156,6 +151,7 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
         files.replace_file(
             store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))
         )
+    reached("made")
     log.info("store.made", store=str(store.root), base_digest=recipe.base_digest[:12], method=recipe.method)
 
 
@@ -188,7 +184,10 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
             check_accepted(merge)
         finish_promotion(merge)
     unfinished.record_candidates(merge)
-    tidy_inbox(merge)
+    if forgiving:
+        tidy_inbox(merge)  # what may go is not known while head cannot be read
+    else:
+        tidy(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
 
 

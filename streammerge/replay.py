@@ -22,6 +22,7 @@ from streammerge.fit import Tolerance
 from streammerge.methods import Totals
 from streammerge.sources import open_source
 from streammerge.state import ROLL_BACK, State
+from streammerge.steps import reached
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -175,6 +176,7 @@ def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Meas
         if state.folder.parent == building:
             files.remove_tree(state.folder)
         state = new
+        reached("replayed")
     if not len(way) and way.start is not None:
         return copied(state, building / name), None
     return state, measured

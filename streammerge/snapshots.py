@@ -89,8 +89,7 @@ class Store:
             (self.root, shared), (self.snapshots, shared), (self.inbox, private), (self.candidates, private),
         ):  # fmt: skip
             if not folder.is_dir():
-                folder.mkdir(parents=True)
-                folder.chmod(mode)
+                files.make_folder(folder, mode)
                 files.fsync_folder(folder.parent)
 
     def read_settings(self) -> dict[str, Any]:

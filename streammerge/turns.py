@@ -13,6 +13,7 @@ import structlog
 
 from streammerge import (
     aside,
+    collect,
     files,
     machine,
     operations,
@@ -143,6 +144,7 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
         conclude_open(merge)
     row = next_row(merge, sources, fetched_elsewhere)
     if row is None:
+        collect.tidy_inbox(merge)
         if merge.unable and not merge.ledger.fine_tunes("pending"):
             see_if_able(merge)
         return False

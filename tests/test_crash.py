@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from daemons import STREAMMERGE, Daemon, Site, command, environment, until, without_times
 
-from streammerge.merging import STEPS
+from streammerge.steps import STEPS
 
 if TYPE_CHECKING:
     from pathlib import Path

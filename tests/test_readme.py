@@ -28,7 +28,7 @@ from documents import (
 
 from streammerge import config as configuration
 from streammerge import configfile
-from streammerge.merging import STEPS
+from streammerge.steps import STEPS
 
 if TYPE_CHECKING:
     from pathlib import Path

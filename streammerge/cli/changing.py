@@ -241,6 +241,7 @@ def ask(
     """Leave a command in the ledger and see that it is executed: by the daemon, or here when none runs."""
     from streammerge import reports
     from streammerge.ledger import Ledger
+    from streammerge.steps import reached
 
     settings = read_config(config)
     store, reading = reports.open_for_reading(settings)
@@ -248,6 +249,7 @@ def ask(
     reports.refuse_stranger(store, writing=True)
     ledger = Ledger(store.ledger)
     number = ledger.ask(verb, arguments)
+    reached("asked")
     if no_wait:
         waiting = {"command": number, "state": "pending"}
         print_json(waiting) if as_json else out.print(f"left for the daemon as command {number}")
