@@ -225,15 +225,19 @@ def lock_holder(path: Path) -> str:
 
 
 def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
-    """Copy a regular file and fsync the copy; shares blocks where the file system can."""
+    """Copy a regular file, as long as it is now, and fsync the copy; shares blocks where the system can."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_symlinks else os.O_NOFOLLOW)
     descriptor = os.open(source, flags)
     with open(descriptor, "rb") as opened, target.open("xb") as written:  # noqa: PTH123 -- a descriptor has no path
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, "is no regular file", str(source))
         try:
             fcntl.ioctl(written.fileno(), FICLONE, descriptor)
         except OSError:
-            shutil.copyfileobj(opened, written, CHUNK_BYTES)
+            left = found.st_size  # one that grows for ever would fill the disk
+            while chunk := opened.read(min(left, CHUNK_BYTES)):
+                written.write(chunk)
+                left -= len(chunk)
         written.flush()
         os.fsync(written.fileno())
