@@ -305,6 +305,8 @@ def _read_header(descriptor: int, label: str, size: int) -> tuple[dict[str, Any]
         raise _lie(
             label, f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read"
         )
+    if os.pread(descriptor, 1, 8) not in (b"{", b""):
+        raise _lie(label, "no header begins at byte 8")
     if 8 + length > size:
         raise Incomplete(
             f"{label} has {size:,} bytes and its header alone needs {8 + length:,}",
@@ -314,8 +316,6 @@ def _read_header(descriptor: int, label: str, size: int) -> tuple[dict[str, Any]
     if len(text) < length:
         raise Incomplete(f"{label} became shorter while it was read", hint="copy the whole file")
     try:
-        if not text.startswith(b"{"):
-            raise ValueError("it begins with no JSON object")  # noqa: TRY301 -- worded below
         header = _parse(text, integer=_plain_integer, constant=_no_constant)
         _check_metadata(header.pop("__metadata__", None))
     except ValueError as exc:
