@@ -12,6 +12,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -24,7 +25,7 @@ from streammerge.plan import ADDED, PROJECTED
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from types import TracebackType
 
     from torch import Tensor
@@ -54,9 +55,15 @@ UNSUPPORTED = (
 )  # fmt: skip
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MERGE_FIRST = "merge the adapter into its base with PEFT's merge_and_unload and publish the model"
+MAX_RANK = 1024  # or the smaller side of the weight, where that is more
 MAX_PATTERN = 200
-# A quantifier behind a group, or many, can take a regular expression for ever; module names need none.
-SLOW_PATTERN = re.compile(r"\)\s*[*+{]|(?:[*+].*){5}")
+MAX_PATTERNS = 4096
+MAX_STEPS = 10**9
+# A quantifier behind a group, and groups with a meaning of their own; module names need neither.
+STRANGE_PATTERN = re.compile(r"\)\s*[*+{]|\(\?(?!:)")
+
+
+Rank = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
 class Settings(BaseModel):
@@ -64,19 +71,40 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    r: Annotated[int, Field(ge=1)] = 8
+    r: Rank = 8
     lora_alpha: Annotated[float, Field(allow_inf_nan=False)] = 8
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict, max_length=MAX_PATTERNS)
+    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, max_length=MAX_PATTERNS
+    )
     use_rslora: bool = False
     fan_in_fan_out: bool = False
 
+    @cached_property
+    def ranks(self) -> list[tuple[re.Pattern[str], float]]:
+        """`rank_pattern`, ready to match."""
+        return [(_compiled(pattern), rank) for pattern, rank in self.rank_pattern.items()]
+
+    @cached_property
+    def alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        """`alpha_pattern`, ready to match."""
+        return [(_compiled(pattern), alpha) for pattern, alpha in self.alpha_pattern.items()]
+
+    def refuse_slow(self, modules: Collection[str]) -> None:
+        """Raise Refused where matching every pattern with every module could take for ever."""
+        longest = max(map(len, modules), default=0)
+        steps = {p: _most_steps(p, longest) for p in (*self.rank_pattern, *self.alpha_pattern)}
+        if sum(steps.values()) * len(modules) > MAX_STEPS:
+            raise unsupported(
+                f"the pattern {max(steps, key=steps.__getitem__)[:80]!r}, which could take for ever,"
+            )
+
     def scaling(self, module: str, rank: int) -> float:
         """What the product of the factors is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        expected = _by_pattern(self.rank_pattern, module, self.r)
+        expected = _first_match(self.ranks, module, self.r)
         if rank != expected:
             raise _malformed(f"{module} has rank {rank}, adapter_config.json says {expected}")
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        alpha = _first_match(self.alphas, module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
@@ -115,6 +143,7 @@ class Adapter:
         self.weights = Weights(found, hashing=True)
         try:
             self.changes = self._fit(tolerance)
+            self.settings.refuse_slow({c.module for changes in self.changes.values() for c in changes})
             self._lowrank = {name: self._check(name, changes) for name, changes in self.changes.items()}
         except BaseException:
             self.weights.__exit__(None, None, None)
@@ -210,7 +239,10 @@ class Adapter:
         shape = self._shape(*change.factors, is_embedding=is_embedding)
         if shape != entry.shape and (is_embedding or shape[::-1] != entry.shape):
             raise self._misfit(entry, shape)
-        self.settings.scaling(change.module, self.weights.entries[change.factors[0]].shape[0])
+        rank = self.weights.entries[change.factors[0]].shape[0]
+        if rank > max(MAX_RANK, *sorted(entry.shape)[:1]):  # its factors would be larger than the weight
+            raise unsupported(f"LoRA of rank {rank:,} of {entry.name}, which is {list(entry.shape)},")
+        self.settings.scaling(change.module, rank)
         if "magnitude" in change.parts:
             rows = self.weights.entries[change.parts["magnitude"]].elements
             if self._plan.kinds[entry.name] != PROJECTED or is_embedding or "whole" in change.parts:
@@ -356,12 +388,13 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
         found = exc.errors()[0]
         raise _malformed(f"adapter_config.json: {'.'.join(map(str, found['loc']))}: {found['msg']}") from exc
     for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
+        if len(pattern) > MAX_PATTERN or STRANGE_PATTERN.search(pattern):
+            raise unsupported(f"the pattern {pattern[:80]!r}, which could take for ever,")
         try:
             re.compile(pattern)
-        except re.error as exc:
+            _compiled(pattern)
+        except (re.error, OverflowError) as exc:
             raise _malformed(f"adapter_config.json: {pattern[:80]!r} is no pattern: {exc}") from exc
-        if len(pattern) > MAX_PATTERN or SLOW_PATTERN.search(pattern):
-            raise unsupported(f"the pattern {pattern[:80]!r}, which could take for ever,")
     return settings
 
 
@@ -399,9 +432,25 @@ def _panel(product: LowRank, start: int, stop: int) -> Tensor:
     return rows[start - first * columns : stop - first * columns]
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: float) -> Any:  # noqa: ANN401 -- ranks and alphas
-    """Choose as PEFT does: the first pattern that matches the end of the module's path, from a dot on."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """As PEFT reads it: what matches the end of a module's path, from a dot on."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _first_match(patterns: list[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+    """Choose as PEFT does: the first pattern that matches."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _most_steps(pattern: str, length: int) -> int:
+    """Bound what matching a name of this length can take: every way to divide it among the pattern's parts.
+
+    No group is repeated, so each quantifier multiplies by the length at most, each `?` by two, and each run
+    of alternatives by their number; the path before the pattern counts as a quantifier.
+    """
+    quantifiers = 1 + len(re.findall(r"[*+{]", pattern))
+    branches = math.prod(1 + part.count("|") for part in re.split(r"[()]", pattern))
+    return int((1 + length) ** quantifiers * 2 ** pattern.count("?") * branches)
 
 
 def unsupported(what: str) -> Refused:

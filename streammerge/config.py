@@ -18,7 +18,7 @@ from streammerge.quantities import Duration, Size
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Since(Section):
@@ -32,6 +32,7 @@ class Since(Section):
         return datetime(self.since.year, self.since.month, self.since.day, tzinfo=UTC).timestamp()
 
 
+Word = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # what a program can be given
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
@@ -126,7 +127,7 @@ class ExecTarget(Section):
 
     type: Literal["exec"]
     name: Name = Field(description="how the target is called in status, logs and metrics")
-    argv: tuple[str, ...] = Field(min_length=1, description="program and arguments, no shell")
+    argv: tuple[Word, ...] = Field(min_length=1, description="program and arguments, no shell")
     timeout: Duration = Field(default=60.0, gt=0, description="after which it is killed and tried again")
 
 
@@ -162,7 +163,7 @@ class CommandGate(Section):
 
     type: Literal["command"]
     name: Name = Field(description="how the gate is called in history and metrics")
-    argv: tuple[str, ...] = Field(
+    argv: tuple[Word, ...] = Field(
         min_length=1, description='program and arguments; "{snapshot}" becomes the candidate\'s folder'
     )
     limits: dict[str, Limit] = Field(default_factory=dict, description="what the numbers must satisfy")

@@ -49,8 +49,8 @@ def load(path: Path) -> tuple[Config, dict[str, str]]:
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{path}: is no UTF-8 text", hint="check the path given with -c") from exc
     try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as exc:
+        raw = read_yaml(text)
+    except ValueError as exc:
         raise ConfigError(
             f"{path}: not readable as YAML: {exc}", hint="check indentation and quotes"
         ) from exc
@@ -63,6 +63,19 @@ def load(path: Path) -> tuple[Config, dict[str, str]]:
     except ValidationError as exc:
         raise explain(exc, path, origins) from exc
     return resolve_paths(config, path.resolve().parent), origins
+
+
+def read_yaml(text: str) -> Any:  # noqa: ANN401 -- whatever YAML can say
+    """Read YAML as data; ValueError for what is none.
+
+    PyYAML lets through what int(), float() and datetime() raise, and what its own patterns do not match.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError as exc:
+        raise ValueError("it is nested too deep") from exc
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as exc:
+        raise ValueError(str(exc)) from exc
 
 
 def _overlay_environment(raw: dict[str, Any], origins: dict[str, str]) -> None:
@@ -80,8 +93,8 @@ def _overlay_environment(raw: dict[str, Any], origins: dict[str, str]) -> None:
                 )
             place = inner
         try:
-            place[key] = yaml.safe_load(text)
-        except yaml.YAMLError as exc:
+            place[key] = read_yaml(text)
+        except ValueError as exc:
             raise ConfigError(
                 f"{variable}={text}: not readable as YAML", hint="quote it as YAML does"
             ) from exc
@@ -154,7 +167,14 @@ def resolve_paths(config: Config, folder: Path) -> Config:
     """Make every path absolute, against the folder of the file."""
 
     def against(path: Path) -> Path:
-        return Path(os.path.abspath(folder / path.expanduser()))  # noqa: PTH100 -- must not resolve symbolic links
+        try:
+            found = os.path.abspath(folder / path.expanduser())  # noqa: PTH100 -- must not resolve symbolic links
+            os.fsencode(found)
+        except (RuntimeError, ValueError) as exc:  # an unknown user's home; half a character of a pair
+            raise ConfigError(f"{path!s:.80}: {exc}", hint="give the path in full") from exc
+        if "\0" in found:
+            raise ConfigError(f"{found[:80]!r} is no path", hint="remove the NUL from it")
+        return Path(found)
 
     def absolute(part: Section) -> dict[str, Path]:
         return {key: against(value) for key, value in part if isinstance(value, Path)}

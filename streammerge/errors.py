@@ -19,6 +19,14 @@ A message says what happened with the values; the hint says what to do next.
 
 from __future__ import annotations
 
+MAX_SHOWN_CHARACTERS = 800
+
+
+def shown(words: str) -> str:
+    """Give words, some of which may be a stranger's, as one printable line of bounded length."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[:10_000])
+    return line if len(line) <= MAX_SHOWN_CHARACTERS else f"{line[: MAX_SHOWN_CHARACTERS - 1]}…"
+
 
 class StreammergeError(Exception):
     """A command could not do what was asked."""
@@ -51,6 +59,10 @@ class TryAgain(StreammergeError):
     """Something outside is not available now; the same step is tried again later."""
 
     exit_code = 75
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        """`message` may quote what is outside."""
+        super().__init__(shown(message), hint=hint)
 
 
 class Unable(TryAgain):
@@ -123,6 +135,6 @@ class Refused(StreammergeError):
     """
 
     def __init__(self, reason: str, message: str, *, hint: str = "") -> None:
-        """`reason` is the stable word; `message` the sentence with the values."""
-        super().__init__(message, hint=hint)
+        """`reason` is the stable word; `message` the sentence with the values, which may quote a stranger."""
+        super().__init__(shown(message), hint=hint)
         self.reason = reason

@@ -174,7 +174,7 @@ def lock_holder(path: Path) -> str:
 
 
 def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
-    """Copy a regular file and fsync the copy; shares blocks where the file system can."""
+    """Copy a regular file, as long as it is now, and fsync the copy; shares blocks where the system can."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_symlinks else os.O_NOFOLLOW)
     descriptor = os.open(source, flags)
     with (
@@ -182,17 +182,20 @@ def copy_file(source: Path, target: Path, *, follow_symlinks: bool) -> None:
         named(target),
         target.open("xb") as written,
     ):
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, "is no regular file", str(source))
         try:
             fcntl.ioctl(written.fileno(), FICLONE, descriptor)
         except OSError:
-            while chunk := _read(opened, source):
+            left = found.st_size  # one that grows for ever would fill the disk
+            while chunk := _read(opened, source, min(left, CHUNK_BYTES)):
                 written.write(chunk)
+                left -= len(chunk)
         written.flush()
         os.fsync(written.fileno())
 
 
-def _read(opened: IO[bytes], source: Path) -> bytes:
+def _read(opened: IO[bytes], source: Path, size: int) -> bytes:
     with named(source):
-        return opened.read(CHUNK_BYTES)
+        return opened.read(size)

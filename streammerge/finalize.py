@@ -45,7 +45,7 @@ def blocks(finalize: Finalize, names: Iterable[str]) -> dict[str, int]:
         pattern = re.compile(finalize.lines.block)
         found = {name: match for name in names if (match := pattern.search(name))}
         return {name: int(match.group(1)) for name, match in found.items()}
-    except (re.error, IndexError, ValueError) as exc:
+    except (re.error, IndexError, OverflowError, RecursionError, TypeError, ValueError) as exc:
         raise ConfigError(
             f"finalize.lines.block: {finalize.lines.block!r} is no pattern with a number in its first group",
             hint=r"leave it out, or write for example layers\.(\d+)\.",

@@ -20,13 +20,19 @@ import torch
 from streammerge.errors import Refused, TryAgain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 32 << 20
+MAX_JSON_VALUES = 1 << 20  # a header of MAX_HEADER_BYTES with ordinary names has fewer; more is a bomb
+MAX_SETTING_DEPTH = 20
 MAX_NAME_CHARACTERS = 1024
 MAX_DIMENSIONS = 16
+MAX_FILES = 10_000  # of one fine-tune
 MAX_FILE_NAME = 255
+MOST_BASES = 16  # so many times the base's bytes has a float64 copy with Gram matrices beside it, at most
+SMALL_BYTES = 64 << 20  # which no base is too small for
+MAX_SHARDS = 512  # each is held open
 LARGEST_SIZE = 1 << 64
 
 DTYPES = {
@@ -103,6 +109,8 @@ def find(path: Path) -> WeightsSet:
     if path.exists() and not path.is_dir():
         raise Refused("malformed", "it is no folder and no regular file", hint="give a model folder")
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    if strange := [name for name in names if is_needed(name) and not is_file_name(name)]:
+        raise Refused("malformed", f"{strange[0]} is no name for a file", hint="rename it")
     found = [name for name in names if name.endswith(".safetensors") and name not in SIDECARS]
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     if indexes:
@@ -137,7 +145,16 @@ def _adapter_settings(path: Path) -> dict[str, Any]:
             f"{ADAPTER_WEIGHTS} is there, {path.name} is not", hint=f"copy {path.name} in beside the weights"
         )
     config = read_json(path)
-    return {key: config[key] for key in ADAPTER_SETTINGS if config.get(key)}
+    settings = {key: config[key] for key in ADAPTER_SETTINGS if config.get(key)}
+    if not _is_flat(settings, MAX_SETTING_DEPTH):
+        raise Refused("malformed", f"{path.name} is nested too deep", hint="save the adapter again")
+    return settings
+
+
+def _is_flat(value: object, depth: int) -> bool:
+    """Whether lists and objects in each other go no deeper than `depth`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(part, depth - 1) for part in inner)
 
 
 def _from_index(folder: Path, index_name: str) -> WeightsSet:
@@ -156,12 +173,24 @@ def _from_index(folder: Path, index_name: str) -> WeightsSet:
                 f"{index_name} names {shard[:80]!r}, which is not a .safetensors file beside it",
                 hint="an index may name only files of its own folder",
             )
+    if len(shards) > MAX_SHARDS:
+        raise Refused(
+            "malformed", f"{index_name} names {len(shards):,} shards", hint=f"use at most {MAX_SHARDS}"
+        )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise Incomplete(
             f"{len(missing)} of {len(shards)} shards are missing, first {missing[0]}", hint="copy the rest"
         )
     return WeightsSet(tuple(folder / shard for shard in shards), index=index_name)
+
+
+def most_bytes(base: Path) -> float:
+    """How large the files of a fine-tune of this base can be; no bound while the base is not there."""
+    try:
+        return SMALL_BYTES + MOST_BASES * sum(file.stat().st_size for file in find(base).files)
+    except (Incomplete, Refused, OSError):
+        return math.inf
 
 
 def is_needed(name: str, sidecar: str = "") -> bool:
@@ -176,21 +205,53 @@ def is_file_name(name: str) -> bool:
     return name.isprintable() and len(name.encode()) <= MAX_FILE_NAME
 
 
+def open_file(path: Path) -> int:
+    """Open a regular file, gives its descriptor; a pipe or device in its place is not waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Refused("malformed", f"{path.name} is no regular file", hint="publish plain files")
+    return descriptor
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size, as data. An absent file reads as {}."""
     try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"no file, or larger than {MAX_JSON_BYTES:,} bytes")  # noqa: TRY301 -- worded below
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+        with open(open_file(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+                raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")  # noqa: TRY301 -- worded below
+            return _parse(file.read(MAX_JSON_BYTES))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
         raise Refused(
             "malformed", f"{path.name} is not readable JSON: {exc}", hint="save the model again"
         ) from exc
+
+
+def _parse(
+    text: bytes,
+    *,
+    integer: Callable[[str], object] | None = None,
+    constant: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Read a JSON object in UTF-8; ValueError for anything else, and for what would fill the memory.
+
+    integer, constant  read a whole number, and NaN or Infinity, in place of json's own
+    """
+    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"it holds more than {MAX_JSON_VALUES:,} values")
+    try:
+        content = json.loads(
+            text.decode(),
+            object_pairs_hook=_without_duplicates,
+            parse_int=integer,
+            parse_constant=constant,
+        )
+    except RecursionError as exc:
+        raise ValueError("it is nested too deep") from exc
     if not isinstance(content, dict):
-        raise Refused("malformed", f"{path.name} holds no JSON object", hint="save the model again")
+        raise ValueError("it holds no JSON object")  # noqa: TRY004 -- one kind of error for its callers
     return content
 
 
@@ -244,19 +305,41 @@ def _read_header(descriptor: int, label: str, size: int) -> tuple[dict[str, Any]
         raise _lie(
             label, f"the header claims {length:,} bytes, more than the {MAX_HEADER_BYTES:,} that are read"
         )
+    if os.pread(descriptor, 1, 8) not in (b"{", b""):
+        raise _lie(label, "no header begins at byte 8")
     if 8 + length > size:
         raise Incomplete(
             f"{label} has {size:,} bytes and its header alone needs {8 + length:,}",
             hint="copy the whole file",
         )
+    text = os.pread(descriptor, length, 8)
+    if len(text) < length:
+        raise Incomplete(f"{label} became shorter while it was read", hint="copy the whole file")
     try:
-        header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as exc:
+        header = _parse(text, integer=_plain_integer, constant=_no_constant)
+        _check_metadata(header.pop("__metadata__", None))
+    except ValueError as exc:
         raise _lie(label, f"the header is not readable JSON: {exc}") from exc
-    if not isinstance(header, dict):
-        raise _lie(label, "the header is no JSON object")
-    header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def _plain_integer(text: str) -> int:
+    if text.startswith("-"):
+        raise ValueError(f"{text[:20]} is negative")
+    return int(text)
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _check_metadata(metadata: object) -> None:
+    """A file's words about itself are words; nothing is done with them."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ holds something else than text")
+    "".join((*metadata, *metadata.values())).encode()  # half a character of a pair is a ValueError
 
 
 def _entry(name: str, raw: object, file: int, data_start: int) -> Entry:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from streammerge.headers import is_file_name
+from streammerge.headers import MAX_FILES, is_file_name
 
-MAX_FILES = 10_000
+COMMIT = re.compile(r"[0-9a-zA-Z]{1,64}")
+HASH = re.compile(r"[0-9a-fA-F]{40,64}")
+LARGEST_FILE = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ def read_repo(found: object) -> Repo | None:
     tags = found.get("tags")
     return Repo(
         id=found["id"],
-        sha=str(found.get("sha") or ""),
+        sha=_word(found.get("sha"), COMMIT),
         last_modified=read_seconds(found.get("lastModified")),
         created_at=read_seconds(found.get("createdAt")),
-        tags=tuple(tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else (),
+        tags=tuple(tag for tag in tags if isinstance(tag, str) and is_file_name(tag))
+        if isinstance(tags, list)
+        else (),
         is_gated=bool(found.get("gated")),
         is_private=bool(found.get("private")),
         is_disabled=bool(found.get("disabled")),
@@ -70,9 +75,15 @@ def read_file(found: object) -> File | None:
         return None
     lfs = lfs if isinstance(lfs, dict) else {}
     size = lfs.get("size", found.get("size"))
-    if not isinstance(size, int) or size < 0:
+    if type(size) is not int or not 0 <= size <= LARGEST_FILE:
         return None
-    return File(path, size, str(lfs.get("sha256") or lfs.get("oid") or ""), str(found.get("blobId") or ""))
+    sha256 = _word(lfs.get("sha256") or lfs.get("oid"), HASH)
+    return File(path, size, sha256, _word(found.get("blobId"), HASH))
+
+
+def _word(found: object, pattern: re.Pattern[str]) -> str:
+    """Take a stranger's word where it has the form it must have; "" else."""
+    return found if isinstance(found, str) and pattern.fullmatch(found) else ""
 
 
 def is_inner_path(path: str) -> bool:
@@ -100,5 +111,5 @@ def read_seconds(text: object) -> float:
     """Read an ISO time; 0.0 for anything else."""
     try:
         return datetime.fromisoformat(str(text)).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

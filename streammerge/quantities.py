@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer
 
+MAX_CHARACTERS = 100
+LONGEST_SECONDS = 100 * 365.25 * 86400
+LARGEST_SIZE = 1 << 60
 UNIT_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 UNIT_BYTES = {
     "B": 1,
@@ -24,23 +27,35 @@ UNIT_BYTES = {
 def parse_duration(value: object) -> float:
     """Read "30s", "5m", "1h30m" or a number of seconds."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = value
     else:
-        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", str(value))
-        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", "", str(value)).strip():
+        text = _short(value)
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", text)
+        if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])", "", text).strip():
             raise ValueError(f"{value!r} is no duration; write for example 30s, 5m or 24h")
         seconds = sum(float(number) * UNIT_SECONDS[unit] for number, unit in parts)
-    if seconds < 0:
-        raise ValueError("a duration cannot be negative")
-    return seconds
+    if not 0 <= seconds <= LONGEST_SECONDS:
+        raise ValueError("a duration cannot be negative, or longer than 100 years")
+    return float(seconds)
 
 
 def parse_size(value: object) -> int:
     """Read "20GiB", "500 MB" or a number of bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", str(value), re.IGNORECASE)
+    text = _short(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", text, re.IGNORECASE | re.ASCII)
     if isinstance(value, bool) or not match:
         raise ValueError(f"{value!r} is no size; write for example 20GiB or 500MB")
-    return int(float(match[1]) * UNIT_BYTES[(match[2] or "B").upper()])
+    size = float(match[1]) * UNIT_BYTES[(match[2] or "B").upper()]
+    if size > LARGEST_SIZE:
+        raise ValueError(f"{text!r} is more than any disk has")
+    return int(size)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{text[:20]}… is too long for a number and its unit")
+    return text
 
 
 def write_duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ REASONS = {
     "missing-weights": "weights of the base are not in it",
     "needs-replay": "a changed revision of a folded fine-tune",
     "non-finite": "NaN or infinite values",
+    "oversized": "many times as large as the base",
     "overflow": "the merged weight does not fit into the base's dtype",
     "own-merge": "one of streammerge's own merges",
     "pickle-only": "no safetensors, only pickled weights",

@@ -184,7 +184,7 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
-        except (OSError, OverflowError) as exc:
+        except (OSError, OverflowError, TypeError, ValueError) as exc:  # the last two for what is no host
             self._socket.close()
             raise ConfigError(
                 f"{setting} {host}:{port}: {exc}", hint=f"choose another port in {setting}"

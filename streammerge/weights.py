@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from streammerge.errors import Refused, TryAgain
-from streammerge.headers import DTYPES, Entry, WeightsSet, find, parse_header
+from streammerge.headers import DTYPES, Entry, WeightsSet, find, open_file, parse_header
 from streammerge.lanes import homeward
 from streammerge.machine import named
 from streammerge.pagecache import NewFile, Trail
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+MAX_WEIGHTS = 1 << 18
 PANEL_ELEMENTS = 1 << 18  # as float32 it stays in a core's own cache
 
 
@@ -65,7 +66,7 @@ class Weights:
         self._file: _Running | None = None
         try:
             for number, path in enumerate(found.files):
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_file(path)
                 self._stack.callback(os.close, descriptor)
                 self._descriptors.append(descriptor)
                 if self._is_read_once:
@@ -100,6 +101,8 @@ class Weights:
     def _list(self, entry: Entry) -> None:
         if entry.name in self.entries:
             raise Refused("malformed", f"{entry.name} stands in two files", hint="remove the stale shard")
+        if len(self.entries) == MAX_WEIGHTS:
+            raise Refused("malformed", f"it holds more than {MAX_WEIGHTS:,} weights", hint="save it again")
         self.entries[entry.name] = entry
 
     def __enter__(self) -> Self:

@@ -123,12 +123,20 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 def parse_knobs(pairs: list[str]) -> dict[str, Any]:
     """Read KNOB=VALUE pairs; values as in YAML."""
-    import yaml
-
     knobs = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: no value", hint="write for example --set alpha=0.5")
-        knobs[name] = yaml.safe_load(value)
+        knobs[name] = read_value(pair, value)
     return knobs
+
+
+def read_value(pair: str, text: str) -> Any:  # noqa: ANN401 -- whatever YAML can say
+    """Read the value of a KEY=VALUE pair as YAML."""
+    from streammerge.configfile import read_yaml
+
+    try:
+        return read_yaml(text)
+    except ValueError as exc:
+        raise ConfigError(f"{pair}: not readable as YAML", hint="quote it as YAML does") from exc

@@ -19,6 +19,7 @@ from streammerge.cli.console import (
     print_json,
     print_table,
     read_config,
+    read_value,
 )
 from streammerge.errors import ConfigError, StreammergeError
 
@@ -166,7 +167,6 @@ def parse_routes(pairs: list[str]) -> tuple[Route, ...]:
 
 def parse_finalize(pairs: list[str]) -> Finalize:
     """Read KEY=VALUE pairs with dotted keys; a key alone takes its defaults."""
-    import yaml
     from pydantic import ValidationError
 
     from streammerge.finalize import Finalize
@@ -178,7 +178,7 @@ def parse_finalize(pairs: list[str]) -> Finalize:
         place = given
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value) if value else place.get(last, {})
+        place[last] = read_value(pair, value) if value else place.get(last, {})
     try:
         return Finalize(**given)
     except ValidationError as exc:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import math
 import os
 import stat
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ import watchdog.events
 import watchdog.observers
 
 from streammerge import files, headers, methods, weights
-from streammerge.errors import Refused, TryAgain
+from streammerge.errors import Refused, TryAgain, shown
 from streammerge.sources import Look, Sighting
 
 if TYPE_CHECKING:
@@ -46,9 +48,14 @@ class Directory:
         beat: Callable[[], None],
         clock: Callable[[], float] = time.time,
         sidecar: str = "",
+        most_bytes: float = math.inf,
     ) -> None:
-        """`clock` gives seconds since 1970; `sidecar` is a file that counts besides the weights."""
+        """`clock` gives seconds since 1970; `sidecar` is a file that counts besides the weights.
+
+        A fine-tune with more than `most_bytes` is refused by its size, unread.
+        """
         self._sidecar = sidecar
+        self._most_bytes = most_bytes
         self.name = config.name
         self.config = config
         self._beat = beat
@@ -87,28 +94,34 @@ class Directory:
         """Judge one entry; None for what is no fine-tune, or vanished while we looked."""
         path = self.config.path / entry.name
         if not entry.name.isprintable():
-            shown = entry.name.encode(errors="backslashreplace").decode()
             why = "its name is no printable UTF-8; rename it"
-            return Sighting(shown, "name", self._clock(), refused="malformed", waiting_for=why)
+            return Sighting(shown(entry.name), "name", self._clock(), refused="malformed", waiting_for=why)
         try:
-            links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
-            if links and not self.config.follow_symlinks:
-                return Sighting(
-                    entry.name,
-                    f"link-{links[0]}"[:80],
-                    entry.stat(follow_symlinks=False).st_mtime,
-                    refused="symlink",
-                    waiting_for=f"{links[0]} is a symbolic link; follow_symlinks: true allows it",
-                )
-            if not path.is_dir() and not (path.is_file() and entry.name.endswith(".safetensors")):
-                return None
-            fingerprint, modified = _fingerprint(path)
-            return self._ready_or_waiting(entry.name, path, fingerprint, modified, known.get(entry.name))
+            return self._judge(entry, path, known.get(entry.name))
         except FileNotFoundError:
             return None
+        except Refused as exc:
+            why = f"{exc.message}; {exc.hint}"
+            return Sighting(entry.name, "listing", self._clock(), refused=exc.reason, waiting_for=why)
         except OSError as exc:
-            why = f"{exc.filename or path} cannot be read: {exc.strerror}"
+            why = shown(f"{exc.filename or path} cannot be read: {exc.strerror}")
             return Sighting(entry.name, "", self._clock(), waiting_for=why)
+
+    def _judge(self, entry: os.DirEntry[str], path: Path, known: Known | None) -> Sighting | None:
+        """Judge what can be listed; None for what is no fine-tune."""
+        links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
+        if links and not self.config.follow_symlinks:
+            return Sighting(
+                entry.name,
+                f"link-{shown(links[0])}"[:80],
+                entry.stat(follow_symlinks=False).st_mtime,
+                refused="symlink",
+                waiting_for=f"{shown(links[0])} is a symbolic link; follow_symlinks: true allows it",
+            )
+        if not path.is_dir() and not (path.is_file() and entry.name.endswith(".safetensors")):
+            return None
+        fingerprint, modified = _fingerprint(path)
+        return self._ready_or_waiting(entry.name, path, fingerprint, modified, known)
 
     def _ready_or_waiting(
         self, name: str, path: Path, fingerprint: str, modified: float, known: Known | None
@@ -125,12 +138,16 @@ class Directory:
         if before is None or before[0] != fingerprint:
             before = self._changed_at[name] = (fingerprint, now)
         try:
+            self._refuse_large(path)
             weights.Weights(headers.find(path)).__exit__(None, None, None)
         except headers.Incomplete as exc:
             return waiting(exc.message)
         except Refused as exc:
-            if exc.reason != "pickle-only":  # a header that cannot be true needs no settling
-                return Sighting(name, _raw_revision(path), modified, fingerprint=fingerprint)
+            if exc.reason != "pickle-only":  # a header that cannot be true needs no settling, and no copy
+                return Sighting(
+                    name, _raw_revision(path), modified,
+                    refused=exc.reason, waiting_for=f"{exc.message}; {exc.hint}", fingerprint=fingerprint,
+                )  # fmt: skip
         settled_at = before[1] + self.config.settle
         if now < settled_at:
             return waiting("it changed a moment ago; waiting until it settles", settled_at)
@@ -139,6 +156,17 @@ class Directory:
             return waiting("it changed while it was read", now + self.config.settle)
         revision = digest[:REVISION_CHARACTERS] or _raw_revision(path)
         return Sighting(name, revision, modified, fingerprint=fingerprint, digest=digest)
+
+    def _refuse_large(self, path: Path) -> None:
+        """Refuse by its size what is many times the base: reading it would hold all else up."""
+        found = _files_of(path) if path.is_dir() else [path]
+        needed = [file for file in found if headers.is_needed(file.name, self._sidecar) and file.is_file()]
+        if (size := sum(file.stat().st_size for file in needed)) > self._most_bytes:
+            raise Refused(
+                "oversized",
+                f"it has {size:,} bytes, a fine-tune of this base {self._most_bytes:,} at most",
+                hint="publish the weights alone",
+            )
 
     def _digest(self, path: Path) -> str:
         """Identify the content; "" for what cannot be parsed, which is named by its raw bytes then."""
@@ -203,7 +231,8 @@ class Directory:
 
 def open_source(part: DirectorySource, config: Config, beat: Callable[[], None]) -> Directory:
     """Make the source."""
-    return Directory(part, beat, sidecar=methods.sidecar(config.method))
+    sidecar = methods.sidecar(config.method)
+    return Directory(part, beat, sidecar=sidecar, most_bytes=headers.most_bytes(config.base_path))
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -211,7 +240,11 @@ def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return []
     with os.scandir(path) as entries:
-        return sorted(path / entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+        first = list(islice(entries, headers.MAX_FILES + 1))
+    if len(first) > headers.MAX_FILES:
+        many = f"it holds more than {headers.MAX_FILES:,} files"
+        raise Refused("malformed", many, hint="publish the model alone, without what its training left")
+    return sorted(path / entry.name for entry in first if not entry.is_dir(follow_symlinks=False))
 
 
 def _fingerprint(path: Path) -> tuple[str, float]:
@@ -232,6 +265,7 @@ def _raw_revision(path: Path) -> str:
     for file in _files_of(path) or [path]:
         if not file.is_file():
             continue
-        with file.open("rb") as opened:
-            found.update(f"{file.name}\0{file.stat().st_size}\0".encode() + opened.read(1 << 16))
+        with open(headers.open_file(file), "rb") as opened:  # noqa: PTH123 -- a descriptor has no path
+            size = os.fstat(opened.fileno()).st_size
+            found.update(os.fsencode(file.name) + f"\0{size}\0".encode() + opened.read(1 << 16))
     return found.hexdigest()[:REVISION_CHARACTERS]

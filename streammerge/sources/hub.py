@@ -59,9 +59,14 @@ class HubRepositories:
         beat: Callable[[], None],
         clock: Callable[[], float] = time.time,
         sidecar: str = "",
+        most_bytes: float = math.inf,
     ) -> None:
-        """`base_models` stand in where the configuration names none; `clock` gives seconds since 1970."""
+        """`base_models` stand in where the configuration names none; `clock` gives seconds since 1970.
+
+        A repository with more than `most_bytes` of files that are needed is refused, and not fetched.
+        """
         self._sidecar = sidecar
+        self._most_bytes = most_bytes
         self.name = config.name
         self.config = config
         self.base_models = config.base_models or base_models
@@ -290,6 +295,11 @@ class HubRepositories:
             return "own-merge", f"it holds {headers.MARK}: it is a merge made by streammerge"
         if not any(file.path.endswith(".safetensors") for file in needed):
             return "pickle-only", f"it has no safetensors, only {', '.join(_pickles(repo)[:4])}"
+        if (size := sum(file.size for file in needed)) > self._most_bytes:
+            return (
+                "oversized",
+                f"it has {size:,} bytes, a fine-tune of this base {self._most_bytes:,} at most",
+            )
         named = {tag.rpartition(":")[2] for tag in repo.tags if tag.startswith("base_model:")}
         if named and self.base_models and not named & set(self.base_models):
             return "wrong-base", f"it says that its base is {min(named)}, not {self.base_models[0]}"
@@ -347,7 +357,8 @@ class HubRepositories:
 
 def open_source(part: HubSource, config: Config, beat: Callable[[], None]) -> HubRepositories:
     """Make the source."""
-    return HubRepositories(part, config.base_models, beat, sidecar=methods.sidecar(config.method))
+    sidecar, most = methods.sidecar(config.method), headers.most_bytes(config.base_path)
+    return HubRepositories(part, config.base_models, beat, sidecar=sidecar, most_bytes=most)
 
 
 def needed_files(repo: Repo, sidecar: str) -> list[File]:

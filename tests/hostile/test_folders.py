@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from attacks import INDEXES, SHARD, WEIGHT_MAPS
 from safetensors.torch import save_file
 
 from streammerge.errors import Refused
@@ -21,46 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
-SHARD = "model-00001-of-00002.safetensors"
 MAX_MESSAGE_CHARACTERS = 2000
 MAX_BLOCKED_SECONDS = 10.0
-
-WEIGHT_MAPS: dict[str, Any] = {
-    "parent": {"w": "../../etc/passwd"},
-    "parent-safetensors": {"w": "../model.safetensors"},
-    "absolute": {"w": "/etc/passwd"},
-    "absolute-safetensors": {"w": "/tmp/model.safetensors"},
-    "subfolder": {"w": "sub/model.safetensors"},
-    "this-folder": {"w": "./model.safetensors"},
-    "trailing-slash": {"w": "model.safetensors/"},
-    "backslash-parent": {"w": "..\\..\\model.bin"},
-    "nul": {"w": "model\0.safetensors"},
-    "newline": {"w": "model\n.safetensors"},
-    "dots": {"w": ".."},
-    "nothing": {"w": ""},
-    "pickle": {"w": "pytorch_model.bin"},
-    "number": {"w": 7},
-    "null": {"w": None},
-    "list": {"w": ["model.safetensors"]},
-    "one-good-one-bad": {"a": SHARD, "w": "../secret.safetensors"},
-    "name-too-long": {"w": "x" * 5000 + ".safetensors"},
-    "name-of-a-megabyte": {"w": "x" * (1 << 20)},
-    "map-list": [SHARD],
-    "map-string": SHARD,
-    "map-null": None,
-    "map-empty": {},
-}
-
-INDEXES = {
-    "not-json": b"<!doctype html>",
-    "no-bytes": b"",
-    "list": b"[]",
-    "no-map": b'{"metadata": {"total_size": 4}}',
-    "deep": b'{"weight_map":' * 50_000,
-    "invalid-utf8": b'{"weight_map": {"\xff": "m.safetensors"}}',
-    "map-twice": b'{"weight_map": {"w": "a.safetensors"}, "weight_map": {"w": "b.safetensors"}}',
-    "name-twice": b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}',
-}
 
 
 def refused(path: Path) -> Refused:
