@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files
-from streammerge.errors import DiskFails, NoDeviceMemory, RateLimited, Unable, Withheld
+from streammerge.errors import DiskFails, NoDeviceMemory, Quarantined, RateLimited, Unable, Withheld
 from streammerge.ledger import now
 from streammerge.steps import reached
 
@@ -35,7 +35,9 @@ def remove_fetched(merge: Merge, row: Row) -> None:
 
 def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
     """Record why a fine-tune does not go in; the queue goes on."""
-    state = "quarantined" if why.reason in QUARANTINED else OTHER_STATES.get(why.reason, state)
+    if isinstance(why, Quarantined) or why.reason in QUARANTINED:
+        state = "quarantined"
+    state = OTHER_STATES.get(why.reason, state)
     detail = f"{why.message}; {why.hint}" if why.hint else why.message
     merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
     reached("refused")
@@ -43,7 +45,14 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         merge.metrics.refused.labels(why.reason).inc()
     if state != "denied":
         merge.metrics.decided.labels(row["source"], state).inc()
-    log.warning("finetune.refused", state=state, reason=why.reason, detail=why.message, hint=why.hint)
+    log.warning(
+        "finetune.refused",
+        state=state,
+        reason=why.reason,
+        detail=why.message,
+        hint=why.hint,
+        figures=merge.ledger.values_of(row["digest"]),
+    )
     remove_fetched(merge, row)
 
 

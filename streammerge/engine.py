@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from streammerge import allocator, linalg, methods, plan
+from streammerge import allocator, gauge, linalg, methods, plan
 from streammerge.arriving import Arriving
 from streammerge.errors import ConfigError, Damaged, NoDeviceMemory, Refused, TryAgain
 from streammerge.folding import Folding, Measured
@@ -144,6 +144,7 @@ class Engine:
         state, measured, model = self._pass_through(
             recipe, incoming, old, out, old.totals.count + 1, figures, at_once
         )
+        measured.earlier = delta_norms(figures)
         totals = old.totals.after(measured.delta_norm, measured.state_norm, incoming.factor, measured.tally)
         return Folded(
             self._finished(recipe, state, appended(figures, measured.statistics), totals), measured, model
@@ -169,6 +170,30 @@ class Engine:
             tally=measured.tally,
         )
         return Folded(self._finished(recipe, state, statistics, totals), measured)
+
+    def attention(
+        self, recipe: Recipe, incoming: Incoming, measured: Measured, *, raw: float
+    ) -> list[gauge.Distance] | None:
+        """Look closer at attention that moved far: see gauge.measure. None where none is recognised.
+
+        The fine-tune is still open, and `measured` is what its fold gave.
+        """
+        with self._open_base(recipe) as base:
+            found = self._watched(recipe, base)
+            if not found:
+                return None
+            self._settle_threads()
+            base.bring = Lane(self.device)
+            return gauge.measure(found, incoming, base, measured.moved, raw=raw, beat=self.beat)
+
+    def _watched(self, recipe: Recipe, base: Weights) -> list[gauge.Product]:
+        """Find the attention weights that are folded."""
+        try:
+            config = read_config(recipe.base)
+        except Refused as exc:
+            raise Damaged(f"base {recipe.base}: {exc.message}", hint=RESTORE_BASE) from exc
+        found = gauge.products(base.entries, config)
+        return [p for p in found if all(recipe.plan.is_merged(part.name) for part in (p.left, p.right))]
 
     def _finished(
         self, recipe: Recipe, state: State, statistics: Mapping[str, Tensor], totals: Totals
@@ -221,6 +246,7 @@ class Engine:
                 self.progress,
                 put,
                 prepared=self._prepared_for(recipe, old),
+                watched={part.name for p in self._watched(recipe, base) for part in (p.left, p.right)},
             )
             model = Model(base, recipe, serve.out) if serve is not None else None
             if serve is not None and model is not None:

@@ -13,6 +13,7 @@
     |  +- Withheld          the place does not give this fine-tune out now; the queue goes on
     |  +- RateLimited       the place asks to be left alone for a while
     +- Refused              this fine-tune never goes in; recorded        the queue goes on
+       +- Quarantined       unless a person lets it in
 
 A message says what happened with the values; the hint says what to do next.
 """
@@ -138,3 +139,7 @@ class Refused(StreammergeError):
         """`reason` is the stable word; `message` the sentence with the values, which may quote a stranger."""
         super().__init__(shown(message), hint=hint)
         self.reason = reason
+
+
+class Quarantined(Refused):
+    """This fine-tune is set aside until a person decides."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from streammerge import linalg, methods, plan
+from streammerge import linalg, methods, plan, samples
 from streammerge.errors import Damaged, Refused
 from streammerge.headers import DTYPES
 from streammerge.state import NOTHING, ROLL_BACK, combine, statistics_of
@@ -17,16 +17,17 @@ from streammerge.streams import ahead
 from streammerge.weights import element_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator
 
     from torch import Tensor
 
     from streammerge.arriving import Arriving, Cuts
-    from streammerge.linalg import Read
+    from streammerge.linalg import Delta, Read
     from streammerge.methods import Arrival, Slots
     from streammerge.state import Figures, StateShard
     from streammerge.weights import Weights
 
+SMALLEST_SIDE = 16  # of a matrix of which one direction can be too much
 RETRAIN = "a fine-tune moves its base by a few percent; check that it was trained from this base"
 
 
@@ -40,6 +41,12 @@ class Measured:
     tally           sum of the method's `tally`
     statistics      weight -> (||delta||_F, ||delta^T delta||_F, largest singular value); the latter NaN for
                     matrices that are not seen as such
+    earlier         lengths of the deltas that were folded before
+    cosine          of the angle between the delta and the sum of those; None where no sum is kept
+    top_share       largest share of a matrix's ||delta||^2 in one singular direction, and that matrix;
+                    adapters, of low rank as they are, and matrices not seen as such are left out
+    base_squares    ||base||^2 of the weights that are watched
+    sample          a few elements, see `samples`
     """
 
     delta_squares: float = 0.0
@@ -49,6 +56,12 @@ class Measured:
     tally: float = 0.0
     orthogonality: float = 0.0
     statistics: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    earlier: list[float] = field(default_factory=list)
+    along_sum: float = 0.0
+    sum_squares: float = 0.0
+    top_share: tuple[float, str] | None = None
+    base_squares: dict[str, float] = field(default_factory=dict)
+    sampled: list[Tensor] = field(default_factory=list)
 
     @property
     def delta_norm(self) -> float:
@@ -64,6 +77,23 @@ class Measured:
     def kept_energy(self) -> float:
         """1.0 where nothing was projected away."""
         return self.step_squares / self.projected_squares if self.projected_squares else 1.0
+
+    @property
+    def moved(self) -> dict[str, float]:
+        """How far each watched weight moved, in its own lengths; not of weights that are zero in the base."""
+        squares = {name: found for name, found in self.base_squares.items() if found}
+        return {name: self.statistics[name][0] / math.sqrt(found) for name, found in squares.items()}
+
+    @property
+    def cosine(self) -> float | None:
+        """Angle to what was merged before."""
+        lengths = self.delta_norm * math.sqrt(self.sum_squares)
+        return self.along_sum / lengths if lengths else None
+
+    @property
+    def sample(self) -> bytes:
+        """What other deltas are compared with."""
+        return samples.packed(self.sampled)
 
 
 @dataclass(frozen=True)
@@ -101,6 +131,7 @@ class Folding:
     serve   renders what is folded into the model to be: a piece, its new slots, its figures; or None where
             rendering must wait until all is folded
     prepared  gives what was derived from a weight's old slots before, if it was
+    watched   weights whose own length in the base is wanted too
     """
 
     arriving: Arriving
@@ -111,6 +142,7 @@ class Folding:
     put: Callable[[str, str, int, int, Tensor], None] | None = None
     serve: Callable[[Piece, Slots, Figures], None] | None = None
     prepared: Callable[[str], Slots | None] = lambda _name: None
+    watched: Container[str] = ()
     measured: Measured = field(default_factory=Measured)
 
     def shard(self, names: Iterable[str], shard: StateShard) -> None:
@@ -148,6 +180,9 @@ class Folding:
         arriving.settle(whole)
         original = piece.original.to(arriving.device, torch.float32)
         delta = piece.delta(original.reshape(entry.shape) if whole else original)
+        if name in self.watched:
+            length = linalg.dot32(original, original)
+            self.measured.base_squares[name] = self.measured.base_squares.get(name, 0.0) + length
         del original
         is_spectral = arriving.recipe.needs_spectra(name)
         squares = linalg.squares(delta) if isinstance(delta, linalg.LowRank) else linalg.dot32(delta, delta)
@@ -158,6 +193,7 @@ class Folding:
                 hint="the training run diverged; publish a good checkpoint",
             )
         figures = statistics_of(delta, entry.shape, squares, is_spectral=is_spectral)
+        self._sample(piece, delta, figures)
         slots = {slot: values.to(arriving.device) for slot, values in piece.slots.items()}
         arrival = arriving.arrival(entry, piece.start, delta, piece.sidecar, piece.cuts)
         new = self._step(slots, piece, arrival, squares, whole=whole)
@@ -170,6 +206,16 @@ class Folding:
         so_far = self.measured.statistics.get(name)
         self.measured.statistics[name] = figures if so_far is None else combine(so_far, figures)
 
+    def _sample(self, piece: Piece, delta: Delta, figures: Figures) -> None:
+        """Take what the screens judge by and cannot be had later."""
+        name, entry = piece.name, self.base.entries[piece.name]
+        chosen = samples.places(entry.elements, len(self.arriving.recipe.plan.merged))
+        self.measured.sampled.append(samples.taken(delta, piece.start, piece.stop, chosen, entry.elements))
+        is_matrix = self.arriving.recipe.needs_spectra(name) and not isinstance(delta, linalg.LowRank)
+        if is_matrix and figures[0] and min(entry.shape) >= SMALLEST_SIDE:
+            share = (figures[2] / figures[0]) ** 2
+            self.measured.top_share = max(self.measured.top_share or (0.0, ""), (share, name))
+
     def _step(self, slots: Slots, piece: Piece, arrival: Arrival, squares: float, *, whole: bool) -> Slots:
         """Run the method on one weight or panel and take the health figures."""
         recipe, measured = self.arriving.recipe, self.measured
@@ -177,6 +223,8 @@ class Folding:
         first = next(iter(slots))
         old = slots[first]
         old_squares = linalg.dot32(old, old)
+        if first == "sum" and squares and old_squares:
+            measured.along_sum += along(arrival.delta, old)
         if not math.isfinite(old_squares):
             raise Damaged(f"{arrival.name} in {piece.source} is NaN or infinite", hint=ROLL_BACK)
         prepare = getattr(method, "prepare", None)
@@ -192,6 +240,7 @@ class Folding:
         if not math.isfinite(new_squares):
             raise Refused("implausible", f"the sum of {arrival.name} leaves float32's range", hint=RETRAIN)
         measured.delta_squares += squares
+        measured.sum_squares += old_squares if first == "sum" else 0.0
         measured.state_squares += new_squares
         if (tally := getattr(method, "tally", None)) is not None:
             measured.tally += tally(new)
@@ -201,6 +250,13 @@ class Folding:
             measured.step_squares += step_squares
             measured.orthogonality = max(measured.orthogonality, share)
         return new
+
+
+def along(delta: Delta, matrix: Tensor) -> float:
+    """<delta, matrix>, as exact as a length needs."""
+    if isinstance(delta, linalg.LowRank):
+        return linalg.inner(delta, matrix)
+    return linalg.dot32(delta, matrix)
 
 
 def progress_of(old: Tensor, new: Tensor, old_squares: float) -> tuple[float, float]:

@@ -79,7 +79,16 @@ M002_MARKS = """
 alter table sources add column mark text not null default '';
 """
 
-MIGRATIONS = (M001_FIRST, M002_MARKS)
+M003_FIGURES = """
+create table figures (
+    digest text primary key, found text not null, sample blob not null, at real not null
+) strict;
+alter table fine_tunes add column overruled text not null default '';
+"""
+
+MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES)
+WITH_FIGURES = 3  # an older ledger that is only read has none
+SAMPLES_AT_ONCE = 256
 
 
 def now() -> float:
@@ -274,6 +283,41 @@ class Ledger:
         marks = ", ".join("?" for _ in states)
         where = f"where state in ({marks})" if states else ""
         return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
+
+    # What the screens saw
+
+    def keep_figures(self, digest: str, found: dict[str, dict[str, Any]], sample: bytes) -> None:
+        """Write down the figures of a fine-tune's content, in the place of earlier ones."""
+        self.write(
+            "insert or replace into figures values (?, ?, ?, ?)", digest, json.dumps(found), sample, now()
+        )
+
+    def figures(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Give all figures by the digest of the content."""
+        if self._version() < WITH_FIGURES:
+            return {}
+        return {
+            row["digest"]: json.loads(row["found"]) for row in self.rows("select digest, found from figures")
+        }
+
+    def figures_of(self, digest: str) -> dict[str, dict[str, Any]]:
+        """Give one fine-tune's figures; {} where it was never read to its end."""
+        row = self.row("select found from figures where digest = ?", digest)
+        return dict(json.loads(row["found"])) if row else {}
+
+    def values_of(self, digest: str) -> dict[str, float | None]:
+        """Give the bare numbers, for the log."""
+        return {name: part["value"] for name, part in self.figures_of(digest).items()}
+
+    def samples(self) -> Iterator[list[tuple[str, bytes]]]:
+        """Give the samples of all that was ever measured, with their digests, some at a time."""
+        last = ""
+        while found := self.rows(
+            "select digest, sample from figures where digest > ? order by digest limit ?",
+            last, SAMPLES_AT_ONCE,
+        ):  # fmt: skip
+            yield [(row["digest"], row["sample"]) for row in found]
+            last = found[-1]["digest"]
 
     # Snapshots
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import Progress
 
-from streammerge import files, machine, methods, plan, screen, weights
+from streammerge import figures, files, machine, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
-from streammerge.config import DirectorySource
+from streammerge.config import DirectorySource, Screens
 from streammerge.engine import Engine, Serve
 from streammerge.errors import ConfigError, NoDeviceMemory, Refused
 from streammerge.finalize import Finalize
@@ -162,6 +162,10 @@ def _merge_in(
         except NoDeviceMemory as exc:
             warn(f"{exc.message}; {exc.hint}")
             rendered = job.fold(path, factor, model)
+        finally:
+            for text in job.flags:
+                warn(text)
+            job.flags.clear()
     if rendered is None:
         progress.update(bar, description="writing the model")
         rendered = job.render(work / "model", dtype)
@@ -193,6 +197,8 @@ class Job:
     state: State
     measured: Measured | None = None
     folded: list[dict[str, Any]] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)  # what the screens of figures say against fine-tunes
+    _samples: list[tuple[str, bytes]] = field(default_factory=list)
     _paths: list[Path] = field(default_factory=list)
 
     @classmethod
@@ -252,6 +258,7 @@ class Job:
                 serve = Serve(model, self.request.finalize) if model is not None else None
                 new, measured, rendered = self.engine.fold(self.recipe, incoming, self.state, out, serve)
                 digest = finetune.finish()
+                self._look(path, incoming, measured)
             if "duplicate" not in self.request.allow:
                 known = {entry["digest"] for entry in self.folded}
                 screen.refuse_known(digest, folded=known, denied=())
@@ -260,11 +267,20 @@ class Job:
             raise Refused(exc.reason, f"{path}: {exc.message} ({exc.reason})", hint=_hint(exc)) from exc
         shutil.rmtree(self.state.folder, ignore_errors=True)
         self.state, self.measured = new, measured
+        self._samples.append((path.name, measured.sample))
         self._paths.append(path)
         self.folded.append(
             {"name": path.name, "source": "", "revision": digest[:16], "digest": digest, "weight": factor}
         )
         return rendered
+
+    def _look(self, path: Path, incoming: Incoming, measured: Measured) -> None:
+        """Judge by figures as the daemon does by default; here it only warns."""
+        limits = Screens()
+        attention = self.engine.attention(self.recipe, incoming, measured, raw=limits.gauge.raw)
+        nearest = figures.nearest(measured.sample, [self._samples])
+        found = figures.examine(figures.Evidence(measured, self.base_norm, attention, nearest), limits)
+        self.flags += [f"{path}: {f.note} ({f.reason})" for f in found.values() if f.is_beyond]
 
     def _digest(self, path: Path) -> str:
         """Know a fine-tune before it is folded, where what the method draws depends on it."""

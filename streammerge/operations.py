@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import collect, files, pipeline, promote, reports, snapshots, unfinished
+from streammerge import collect, figures, files, pipeline, promote, reports, snapshots, unfinished
 from streammerge.errors import Damaged, Stopped, StreammergeError, TryAgain, Unable
 from streammerge.ledger import now
 from streammerge.steps import reached
@@ -197,10 +197,19 @@ def first_with(merge: Merge, digest: str) -> int | None:
 
 
 def approve(merge: Merge, *, name: str) -> dict[str, Any]:
-    """Let a fine-tune in that waits for a person, or that was denied, refused or set aside."""
+    """Let a fine-tune in that waits for a person, or that was denied, refused or set aside.
+
+    What a screen of figures said against it is overruled from now on, for this revision.
+    """
     row = find_fine_tune(merge, name)
     refuse_settled(row, "approve", APPROVED)
     merge.ledger.allow([row["digest"]])
+    if row["reason"] in figures.REASONS:
+        overruled = {
+            *row["overruled"].split(),
+            *figures.spoken_against(merge.ledger.figures_of(row["digest"])),
+        }
+        merge.ledger.update_fine_tune(row["id"], overruled=" ".join(sorted(overruled)))
     if row["state"] in ("awaiting_approval", "pending"):
         merge.ledger.update_fine_tune(row["id"], state="pending", detail="", approved=1)
     else:

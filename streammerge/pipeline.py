@@ -24,6 +24,7 @@ from streammerge.errors import ConfigError, NoSpace, Refused, Stopped, TryAgain
 from streammerge.fetching import bring_in, identify, published
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
+from streammerge.judging import judge
 from streammerge.ledger import now
 from streammerge.lineage import manifest_of
 from streammerge.methods import Totals
@@ -173,7 +174,7 @@ def build(
         files.remove_tree(merge.store.inbox / str(row["id"]))
         merge.ledger.update_fine_tune(row["id"], step="announced")
         raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
-    screen.judge(measured, merge.base_norm, max_delta_ratio=merge.config.max_delta_ratio)
+    judge(merge, row, incoming, measured, kept)
     reached("folded")
     entry = {
         "name": row["name"], "source": row["source"], "revision": row["revision"],
@@ -337,6 +338,7 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_f
         count=len(accepted.fine_tunes),
         seconds=round(seconds, 3),
         **accepted.manifest["health"],
+        figures=merge.ledger.values_of(added[-1]["digest"]) if added else {},
     )
     tidy(merge)
     return True

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot, Store
 
-TAKEN_OVER = ("denied", "sightings", "sources")
+TAKEN_OVER = ("denied", "figures", "sightings", "sources")
 
 
 def rebuild(

@@ -204,11 +204,12 @@ def resolve(store: Store, ledger: Ledger, which: str) -> Path:
 
 def fine_tunes(ledger: Ledger) -> list[dict[str, Any]]:
     """List every fine-tune ever seen, in folding order."""
-    return [fine_tune(row) for row in ledger.fine_tunes()]
+    figures = ledger.figures()
+    return [fine_tune(row, figures) for row in ledger.fine_tunes()]
 
 
-def fine_tune(row: Row) -> dict[str, Any]:
-    """Describe one fine-tune: where it stands, waiting for what, until when."""
+def fine_tune(row: Row, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Describe one fine-tune: where it stands, waiting for what, until when, with which of these figures."""
     return {
         "name": row["name"], "source": row["source"],
         "revision": row["revision"] or None, "digest": row["digest"] or None,
@@ -217,6 +218,7 @@ def fine_tune(row: Row) -> dict[str, Any]:
         "published_at": iso(row["published_at"]), "first_seen_at": iso(row["first_seen_at"]),
         "updated_at": iso(row["updated_at"]), "attempts": row["attempts"],
         "until": iso(row["next_try_at"]) if row["next_try_at"] and row["state"] in PENDING_STATES else None,
+        "overruled": row.get("overruled", "").split(), "figures": figures.get(row["digest"], {}),
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
+    "attention-gauge-transformed": "attention turned so that it cannot be merged, its function unchanged",
     "bad-sidecar": "a file of Fisher information or Gram matrices that does not fit the base",
     "corrupted": "a file whose content is not what its place declares",
     "denied": "taken out by a rollback or rejected by a person",
@@ -37,8 +38,12 @@ REASONS = {
     "malformed": "a file that is not what its header claims",
     "missing-sidecar": "no Fisher information or Gram matrices beside the weights, which the method needs",
     "missing-weights": "weights of the base are not in it",
+    "near-duplicate": "its delta is that of what is folded already",
     "needs-replay": "a changed revision of a folded fine-tune",
     "non-finite": "NaN or infinite values",
+    "not-this-base": "nothing of the base is left in it",
+    "one-direction": "the delta of a weight lies in one direction",
+    "opposed": "its delta undoes what is folded",
     "oversized": "many times as large as the base",
     "overflow": "the merged weight does not fit into the base's dtype",
     "own-merge": "one of streammerge's own merges",
@@ -50,6 +55,7 @@ REASONS = {
     "unsupported-adapter": "an adapter whose delta is not known exactly",
     "unsupported-dtype": "integers where the base has floats",
     "untied-head": "a head that differs from the embedding it is tied to",
+    "unusual-norm": "its delta is much longer than those that are folded",
     "vocab-resized": "a vocabulary of another size",
     "wrong-base": "made from another model",
     "wrong-shape": "a weight of another shape",

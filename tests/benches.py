@@ -160,5 +160,6 @@ def fine_tunes(root: Path, base: Mapping[str, Tensor], count: int = 3, **options
 
 def merge(out: Path, base: Path, paths: Iterable[Path], **options: Any) -> dict[str, Any]:
     """Do what `streammerge merge` does."""
+    warn = options.pop("warn", lambda _: None)
     request = offline.Request(base=base, fine_tunes=tuple(paths), out=out, device="cpu", threads=1, **options)
-    return offline.merge(request, warn=lambda _: None, console=Console(quiet=True))
+    return offline.merge(request, warn=warn, console=Console(quiet=True))

@@ -203,9 +203,22 @@ def show_fine_tune(name: NameArgument, config: ConfigOption = None, *, as_json: 
     from streammerge import reports
 
     _, ledger = reports.open_for_reading(read_config(config))
-    found = reports.fine_tune(reports.match_fine_tune(ledger.fine_tunes(), name))
+    found = reports.fine_tune(reports.match_fine_tune(ledger.fine_tunes(), name), ledger.figures())
     if as_json:
         print_json(found)
         return
-    for key, value in found.items():
+    figures, overruled = found.pop("figures"), found.pop("overruled")
+    for key, value in {**found, "overruled": ", ".join(overruled) or None}.items():
         out.print(f"{key:16}{escape(str(value)) if value is not None else '-'}", soft_wrap=True)
+    if figures:
+        rows = [
+            (
+                name,
+                "-" if f["value"] is None else f"{f['value']:.4g}",
+                f["threshold"],
+                f["verdict"],
+                f["note"],
+            )
+            for name, f in figures.items()
+        ]
+        print_table(("figure", "value", "limit", "verdict", "what it says"), rows)

@@ -1,0 +1,68 @@
+"""What becomes of a fine-tune that was read: its figures written down, and whatever speaks against it raised.
+
+Only what arrives is judged. What a replay, a rebuild or a rollback folds again was accepted once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from streammerge import figures, screen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from streammerge.arriving import Incoming
+    from streammerge.folding import Measured
+    from streammerge.ledger import Row
+    from streammerge.merging import Merge
+
+log = structlog.get_logger()
+
+
+def judge(
+    merge: Merge, row: Row, incoming: Incoming, measured: Measured, folded: Iterable[dict[str, Any]]
+) -> None:
+    """Raise Refused or Quarantined for a fine-tune that is not to go in; its files are still open.
+
+    folded  the manifest's entries of what is in the merge without it
+    """
+    limits = merge.config.screens
+    found = figures.examine(
+        figures.Evidence(
+            measured,
+            merge.base_norm,
+            merge.engine.attention(merge.recipe, incoming, measured, raw=limits.gauge.raw),
+            figures.nearest(measured.sample, _others(merge, row, folded)),
+        ),
+        limits,
+        row["overruled"].split(),
+    )
+    merge.ledger.keep_figures(
+        row["digest"], {name: figure.plain for name, figure in found.items()}, measured.sample
+    )
+    for name, figure in found.items():
+        if figure.verdict in ("warned", "overruled"):
+            log.warning(
+                "finetune.flagged",
+                screen=name,
+                verdict=figure.verdict,
+                reason=figure.reason,
+                detail=figure.note,
+            )
+    figures.refuse([found["gauge"]])  # the truest reason first: locked attention makes a long delta
+    screen.judge(measured, merge.base_norm, max_delta_ratio=merge.config.max_delta_ratio)
+    figures.refuse(found.values())
+
+
+def _others(merge: Merge, row: Row, folded: Iterable[dict[str, Any]]) -> Iterator[list[tuple[str, bytes]]]:
+    """Give the samples of what is folded, under the names that a person knows; not of its own revisions."""
+    names = {
+        entry["digest"]: f"{entry['source']}:{entry['name']}"
+        for entry in folded
+        if (entry["source"], entry["name"]) != (row["source"], row["name"])
+    }
+    for part in merge.ledger.samples():
+        yield [(names[digest], sample) for digest, sample in part if digest in names]
