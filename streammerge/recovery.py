@@ -178,6 +178,9 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
             check_accepted(merge)
         finish_promotion(merge)
     unfinished.record_candidates(merge)
+    ledger.write(  # whoever starts it may have mended what failed
+        "update fine_tunes set next_try_at = 0 where state = 'pending' and attempts > 0"
+    )
     tidy_inbox(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
 
@@ -186,9 +189,8 @@ def start_with_base(merge: Merge) -> None:
     """Go on with version 0: from its sealed candidate where there is one."""
     sealed = snapshots.folders(merge.store.candidates)
     if sealed:
-        candidate = snapshots.read(sealed[0])
-        pipeline.record_candidate(merge, candidate)
-        pipeline.conclude(merge, candidate)
+        unfinished.record_candidates(merge)
+        pipeline.conclude(merge, snapshots.read(sealed[0]))
     else:
         pipeline.first_version(merge)
 

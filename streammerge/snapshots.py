@@ -87,9 +87,11 @@ class Store:
             (self.root, shared), (self.snapshots, shared), (self.inbox, private), (self.candidates, private),
         ):  # fmt: skip
             if not folder.is_dir():
-                folder.mkdir(parents=True)
+                folder.mkdir(mode=mode, parents=True)
                 folder.chmod(mode)
-                files.fsync_folder(folder.parent)
+        if not self.exists:  # the first start, or one after it that was cut off
+            files.fsync_folder(self.root.parent)
+            files.fsync_folder(self.root)
 
     def read_settings(self) -> dict[str, Any]:
         """Read store.json."""

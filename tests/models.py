@@ -1,7 +1,8 @@
 """Toy models for tests: a few small weights of every shape that matters, saved as real safetensors files.
 
-make_base saves a base and gives its tensors; make_fine_tune adds random deltas to them; save writes any
-tensors as a folder or as one .safetensors file; load reads them back with safetensors itself.
+make_base saves a base and gives its tensors; make_fine_tune adds random deltas to them, make_adapter as the
+two factors of LoRA; save writes any tensors as a folder or as one .safetensors file; load reads them back
+with safetensors itself.
 """
 
 from __future__ import annotations
@@ -104,6 +105,20 @@ def make_fine_tune(
         tensors[HEAD] = tensors[EMBEDDING].clone()
     save(where, tensors, shards=shards, config=CONFIG)
     return tensors
+
+
+def make_adapter(where: Path, base: Mapping[str, Tensor], *, seed: int, rank: int = 2) -> None:
+    """Save a LoRA adapter of the projected weights."""
+    random = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in PROJECTED:
+        module, (rows, columns) = name.removesuffix(".weight"), base[name].shape
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=random) / 8
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=random) / 8
+    where.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (where / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, where / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def save(
