@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,8 @@ def _in_our_words(path: Path) -> Iterator[None]:
                 hint="free some disk space; streammerge goes on by itself when there is room",
             ) from exc
         if code in FAILING:
+            with suppress(OSError):  # SQLite does not tell why: the disk may
+                machine.probe(path.parent, f"reading or writing the ledger {path.name}")
             raise DiskFails(
                 f"the ledger {path} cannot be read or written: {exc} ({machine.device(path)})",
                 hint="look at the kernel's log, at the disk, and whose the file is; "

@@ -7,8 +7,10 @@ it is done again when the machine can. Knows nothing of what the work was.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +113,14 @@ def require_space(folder: Path, needed_bytes: int, *, reserve_bytes: int, purpos
             f"{folder} has {free:,} free",
             hint=f"free some disk space, lower `keep`, or move the store; {GOES_ON} when there is room",
         )
+
+
+def probe(folder: Path, purpose: str) -> None:
+    """Write a few bytes to a file without a name, durably; raises NoSpace or DiskFails where that fails."""
+    with errors(purpose, folder), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(mmap.PAGESIZE))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def mount_of(path: Path) -> tuple[str, str]:

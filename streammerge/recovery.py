@@ -184,6 +184,9 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
             check_accepted(merge)
         finish_promotion(merge)
     unfinished.record_candidates(merge)
+    ledger.write(  # whoever starts it may have mended what failed
+        "update fine_tunes set next_try_at = 0 where state = 'pending' and attempts > 0"
+    )
     if forgiving:
         tidy_inbox(merge)  # what may go is not known while head cannot be read
     else:
@@ -195,9 +198,8 @@ def start_with_base(merge: Merge) -> None:
     """Go on with version 0: from its sealed candidate where there is one."""
     sealed = snapshots.folders(merge.store.candidates)
     if sealed:
-        candidate = snapshots.read(sealed[0])
-        pipeline.record_candidate(merge, candidate)
-        pipeline.conclude(merge, candidate)
+        unfinished.record_candidates(merge)
+        pipeline.conclude(merge, snapshots.read(sealed[0]))
     else:
         pipeline.first_version(merge)
 

@@ -90,7 +90,9 @@ class Store:
         ):  # fmt: skip
             if not folder.is_dir():
                 files.make_folder(folder, mode)
-                files.fsync_folder(folder.parent)
+        if not self.exists:  # the first start, or one after it that was cut off
+            files.fsync_folder(self.root.parent)
+            files.fsync_folder(self.root)
 
     def read_settings(self) -> dict[str, Any]:
         """Read store.json."""

@@ -14,7 +14,6 @@ import structlog
 from streammerge import (
     aside,
     collect,
-    files,
     machine,
     operations,
     pipeline,
@@ -163,9 +162,7 @@ def see_if_able(merge: Merge) -> None:
     """Where nothing is to do that would find out: whether there is room, and a disk that works."""
     with suppress(Unable):
         pipeline.require_space(merge, "going on")
-        with machine.errors("going on", merge.store.root):
-            files.replace_file(merge.store.root / ".probe", b"")
-            (merge.store.root / ".probe").unlink()
+        machine.probe(merge.store.root, "going on")
         merge.unable = None
 
 

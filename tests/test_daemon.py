@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Self
@@ -19,7 +18,6 @@ import torch
 from daemons import CAN_BE_HUMBLE, HUMBLE, SOURCE, Daemon, Site, command, until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 WATCHDOG_SECONDS = 2.0
@@ -320,72 +318,6 @@ def test_a_source_that_may_not_be_read_is_in_error(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- full disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of one megabyte."""
-    place = tmp_path / "site" / "store"
-    place.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a file system")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def fill(place: Path) -> Path:
-    """Take all the space that a file system has."""
-    ballast = place / "inbox" / ".ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 4096)
-    return ballast
-
-
-def test_a_full_disk_is_waited_out(tmp_path: Path, small_disk: Path) -> None:
-    """Without room the daemon is not ready and says so, what is served stays, and with room it goes on."""
-    site = Site(tmp_path / "site", reserve="1KB")
-    with site.daemon() as daemon:
-        site.publish("first", 1)
-        daemon.until_state(first="folded")
-        ballast = fill(small_disk)
-        site.publish("second", 2)
-        until(lambda: daemon.get("/readyz")[0] == 503, "not ready")
-        assert "space" in daemon.get("/readyz")[1] or "free" in daemon.get("/readyz")[1]
-        assert daemon.metric("streammerge_disk_full") == 1
-        assert daemon.get("/healthz")[0] == 200
-        assert site.served == ["first"]
-        ballast.unlink()
-        daemon.until_state(second="folded")
-        until(lambda: daemon.get("/readyz")[0] == 200, "ready again")
-        assert site.served == ["first", "second"]
-    site.run("verify")
-
-
-def test_a_disk_that_fills_up_during_a_fold_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
-    """No room even for the ledger: the candidate waits until there is some; the daemon lives on."""
-    site = Site(tmp_path / "site", reserve="1KB")
-    gate = site.program(
-        "gate",
-        'case $1 in */000000-*) ;; *) touch "$(dirname "$0")/asked"\n'
-        'while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.1; done ;; esac\necho "{}"',
-    )
-    site.configure(gates=[{"name": "slow", "type": "command", "argv": [gate, "{snapshot}"]}])
-    with site.daemon() as daemon:
-        site.publish("first", 1)
-        until((site.root / "asked").exists, "the gate is asked")
-        ballast = fill(small_disk)
-        (site.root / "go").touch()
-        time.sleep(2.0)
-        assert daemon.process.poll() is None, "the daemon died"
-        ballast.unlink()
-        daemon.until_state(first="folded")
-        until(lambda: daemon.get("/readyz")[0] == 200, "ready again")
-        assert site.served == ["first"]
-    site.run("verify")
 
 
 # ------------------------------------------------------------------------------------------------- logs

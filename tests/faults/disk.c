@@ -3,6 +3,7 @@
  *
  *   FAULTS_BELOW    the folder; calls elsewhere pass untouched
  *   FAULTS_CONTROL  a file with `struct control`, shared by all processes that have it and by whoever watches
+ *   FAULTS_CALLS    the calls that count, by name; all without it
  *   FAULTS_LOG      where each call becomes a line, when it has returned: number, call, path, other path,
  *                   error, bytes; by tabs. Optional.
  */
@@ -35,7 +36,7 @@ struct control {
 enum needs { ROOM, NONE }; /* a call that needs no room works on a full disk */
 
 static struct control *control;
-static const char *below;
+static const char *below, *only;
 static size_t below_length;
 static int log_file = -1;
 
@@ -43,6 +44,7 @@ __attribute__((constructor)) static void begin(void) {
     const char *name = getenv("FAULTS_CONTROL"), *log = getenv("FAULTS_LOG");
     int (*real_open)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
     below = getenv("FAULTS_BELOW");
+    only = getenv("FAULTS_CALLS");
     if (!below || !name) return;
     below_length = strlen(below);
     int file = real_open(name, O_RDWR | O_CLOEXEC);
@@ -73,7 +75,9 @@ static void path_at(int folder, const char *name, char *path) {
 }
 
 /* Count a call; gives its number, with `*error` set where it is to fail. */
-static int64_t enter(enum needs needs, int *error) {
+static int64_t enter(const char *call, enum needs needs, int *error) {
+    *error = 0;
+    if (only && !strstr(only, call)) return 0;
     int64_t number = __atomic_add_fetch(&control->calls, 1, __ATOMIC_SEQ_CST);
     int is_full = control->error == ENOSPC || control->error == EDQUOT;
     if (control->sleep) {
@@ -101,7 +105,7 @@ static void leave(int64_t number, const char *call, const char *path, const char
 #define MAKE(TYPE, NEEDS, CALL, PATH, OTHER, FAIL, IS_ERROR, REAL)                                                   \
     do {                                                                                                             \
         int error;                                                                                                   \
-        int64_t number = enter(NEEDS, &error);                                                                       \
+        int64_t number = enter(CALL, NEEDS, &error);                                                                     \
         TYPE found = FAIL;                                                                                           \
         if (!error) {                                                                                                \
             found = REAL;                                                                                            \

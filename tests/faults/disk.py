@@ -37,8 +37,8 @@ class Call:
 class Disk:
     """What lies below one folder, as processes see it that have `environment`."""
 
-    def __init__(self, work: Path, below: Path) -> None:
-        """Build the library in `work`; `below` is where calls are counted and fail."""
+    def __init__(self, work: Path, below: Path, *calls: str) -> None:
+        """Build the library in `work`; `below` is where calls are counted and fail: those named, or all."""
         assert COMPILER is not None
         work.mkdir(parents=True, exist_ok=True)
         library, self._control, self._log = work / "disk.so", work / "control", work / "log"
@@ -53,6 +53,8 @@ class Disk:
             "FAULTS_CONTROL": str(self._control),
             "FAULTS_LOG": str(self._log),
         }
+        if calls:
+            self.environment["FAULTS_CALLS"] = " ".join(calls)
         with self._control.open("r+b") as file:
             self._shared = mmap.mmap(file.fileno(), 0)
 
