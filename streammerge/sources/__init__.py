@@ -95,6 +95,12 @@ class Source(Protocol):
         `into` is empty, or holds what an earlier fetch of the same revision from a remote source left.
         """
 
+    def absence(self, name: str, revision: str, digest: str) -> str:
+        """Say why a revision that was folded with this content cannot be had any more, "" where it can.
+
+        Raises TryAgain if the place cannot be seen. Nothing is fetched; what lies here is read.
+        """
+
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
         """Call `hint` when something may have changed; gives the function that stops it."""
 
