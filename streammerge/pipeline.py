@@ -120,6 +120,7 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
         }
         screen.refuse_known(row["digest"], folded={*head.digests, *others}, denied=ledger.denied())
         way = replacement(merge, row, head)
+        replay.require_kept(merge, head.fine_tunes)
         tolerance = Tolerance(config.tensors.ignore_extra, config.tensors.allow_missing)
         with screen.examine(inbox, merge.base_entries, merge.recipe, tolerance) as finetune:
             ledger.update_fine_tune(row["id"], step="screened")
@@ -202,7 +203,11 @@ def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
 def without(merge: Merge, head: Snapshot, places: Collection[int]) -> Snapshot:
     """Seal a candidate that holds head's fine-tunes but those at `places`; one left by a kill will do."""
     kept = [entry for place, entry in enumerate(head.fine_tunes) if place not in places]
-    return left_sealed(merge, head, kept) or along(merge, head, replay.way_without(merge, head, places), kept)
+    if left := left_sealed(merge, head, kept):
+        return left
+    way = replay.way_without(merge, head, places)
+    replay.require_kept(merge, kept)
+    return along(merge, head, way, kept)
 
 
 def left_sealed(merge: Merge, head: Snapshot, entries: list[dict[str, Any]]) -> Snapshot | None:
@@ -248,6 +253,13 @@ def render(
         again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
         if model is None:
             model = merge.engine.render(recipe, state, finish, building / "model", folded=again)
+        for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
+            if incoming.finetune.finish() != entry["digest"]:
+                files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
+                raise TryAgain(
+                    f"what the store kept of {entry['name']} is not what was folded",
+                    hint="it is fetched from its source again",
+                )
     rendered, norm = model
     hashes = {f"state/{name}": found for name, found in state.hashes.items()}
     hashes |= {f"model/{name}": found for name, found in rendered.items()}

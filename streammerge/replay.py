@@ -15,14 +15,15 @@ import structlog
 from streammerge import files, methods, screen, snapshots
 from streammerge.arriving import Incoming
 from streammerge.collect import is_archived
-from streammerge.config import DirectorySource
 from streammerge.errors import Damaged, Refused, TryAgain
 from streammerge.fetching import bring_in, published
 from streammerge.fit import Tolerance
+from streammerge.headers import Incomplete
 from streammerge.methods import Totals
 from streammerge.sources import open_source
 from streammerge.state import ROLL_BACK, State
 from streammerge.steps import reached
+from streammerge.weights import identity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
+    from streammerge.sources import Source
 
 Entry = dict[str, Any]  # a fine-tune as the manifest lists it
 
@@ -101,23 +103,56 @@ def problem_of(merge: Merge, way: Way) -> str:
 
 
 def absence_of(merge: Merge, entry: Entry) -> str:
-    """Say why a folded fine-tune's files cannot be had any more; "" where they can, or may, be."""
+    """Say why a folded fine-tune's files cannot be had any more; "" where they can.
+
+    What the store kept of it is read, or what its source has; a kept copy that is not what was folded gives
+    way to the source's. Raises TryAgain where the source cannot be seen now.
+    """
     row = row_of(merge, entry)
-    if row is not None and (merge.store.inbox / str(row["id"])).exists():
+    if row is None:
+        return "the ledger does not know it"
+    inbox = merge.store.inbox / str(row["id"])
+    if inbox.exists() and is_right(merge, inbox, entry):
         return ""
-    part = next((part for part in merge.config.sources if part.name == entry["source"]), None)
-    if row is None or part is None:
-        return f"source {entry['source']} is no longer configured"
-    if not isinstance(part, DirectorySource):
-        return ""
-    if not (part.path / entry["name"]).exists():
-        return f"it is no longer in source {entry['source']}"
-    seen = merge.ledger.row(
-        "select revision from sightings where (source, name) = (?, ?)", entry["source"], entry["name"]
-    )
-    if seen is not None and seen["revision"] != entry["revision"]:
-        return f"source {entry['source']} has another revision of it now"
+    rotten = "what the store kept of it is damaged, and " if inbox.exists() else ""
+    source = source_of(merge, entry)
+    if source is None:
+        return f"{rotten}source {entry['source']} is no longer configured"
+    if why := source.absence(entry["name"], entry["revision"], entry["digest"]):
+        return rotten + why
+    if rotten:
+        log.warning("replay.kept_files_damaged", folder=str(inbox), fine_tune=entry["name"])
+        files.remove_tree(inbox)
     return ""
+
+
+def is_right(merge: Merge, inbox: Path, entry: Entry) -> bool:
+    """Whether a folder of the inbox holds what was folded."""
+    sidecar = methods.sidecar(merge.recipe.method)
+    try:
+        found = identity(published(inbox, entry["name"]), merge.engine.beat, sidecar)
+        return found == str(entry["digest"])
+    except (OSError, Refused, Incomplete):
+        return False
+
+
+def source_of(merge: Merge, entry: Entry) -> Source | None:
+    """Open the source that a fine-tune came from, if it is still configured."""
+    part = next((part for part in merge.config.sources if part.name == entry["source"]), None)
+    return open_source(part, merge.config, merge.engine.beat) if part else None
+
+
+def require_kept(merge: Merge, entries: Sequence[Entry]) -> None:
+    """Before a fold by a method that reads all fine-tunes again: raise TryAgain where some cannot be had."""
+    if not methods.rereads(merge.recipe.method):
+        return
+    kept = {row["id"] for row in merge.ledger.fine_tunes() if (merge.store.inbox / str(row["id"])).is_dir()}
+    gone = [entry for entry in entries if (row_of(merge, entry) or {"id": None})["id"] not in kept]
+    if missing := [f"{entry['name']} ({why})" for entry in gone if (why := absence_of(merge, entry))]:
+        raise TryAgain(
+            f"{merge.recipe.method} reads every fine-tune again, and cannot have {', '.join(missing)}",
+            hint="publish them again, or retract them",
+        )
 
 
 def row_of(merge: Merge, entry: Mapping[str, Any]) -> Row | None:
@@ -132,14 +167,16 @@ def row_of(merge: Merge, entry: Mapping[str, Any]) -> Row | None:
 def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
     """Open a folded fine-tune again, from the inbox or from its source at its revision."""
     row = row_of(merge, entry)
-    if row is None or (why := absence_of(merge, entry)):
-        raise TryAgain(f"the files of {entry['name']} are gone: {why}", hint="publish them again")
+    if row is None:
+        raise TryAgain(f"the ledger does not know {entry['name']}", hint="publish it again")
     inbox = merge.store.inbox / str(row["id"])
     merge.needed.add(str(row["id"]))
     try:
         if not inbox.exists():
-            part = next(part for part in merge.config.sources if part.name == entry["source"])
-            bring_in(merge, row, open_source(part, merge.config, merge.engine.beat))
+            source = source_of(merge, entry)
+            if source is None:
+                raise TryAgain(f"source {entry['source']} is no longer configured", hint="configure it again")
+            bring_in(merge, row, source)
         tolerance = Tolerance(merge.config.tensors.ignore_extra, merge.config.tensors.allow_missing)
         path = published(inbox, entry["name"])
         with screen.examine(path, merge.base_entries, merge.recipe, tolerance) as finetune:

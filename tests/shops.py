@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import models
 
 from streammerge import files, methods, once, snapshots
-from streammerge.config import Config
+from streammerge.config import Config, DirectorySource
 from streammerge.errors import StreammergeError
 from streammerge.ledger import Ledger
 
@@ -63,6 +63,28 @@ class Shop:
         other.config = self.config.model_copy(update={"store": store})
         return other
 
+    def moved(self, root: Path, **keys: Any) -> Shop:
+        """The same at another place, where it was copied to, with other keys."""
+        other = copy.copy(self)
+        other.root = root
+        [source] = self.config.sources
+        assert isinstance(source, DirectorySource)
+        at = {"base": root / "base", "store": root / "store"}
+        sources = (source.model_copy(update={"path": root / "fine-tunes"}),)
+        other.config = self.config.model_copy(update={**at, "sources": sources, **keys})
+        return other
+
+    def configure(self, **keys: Any) -> None:
+        """Change keys of the configuration."""
+        self.config = self.config.model_copy(update=keys)
+
+    def soon(self) -> None:
+        """Work off what is there, and what was put back for later."""
+        ledger = Ledger(self.config.store / "ledger.db")
+        ledger.write("update fine_tunes set next_try_at = 0 where state = 'pending'")
+        ledger.close()
+        self.work()
+
     @property
     def model(self) -> dict[str, Tensor]:
         """What is served."""
@@ -86,5 +108,7 @@ def obey(config: Config, verb: str, arguments: dict[str, Any]) -> dict[str, Any]
     assert row is not None
     result = json.loads(row["result"])
     if row["state"] == "failed":
-        raise StreammergeError(result["error"], hint=result["hint"])
+        error = StreammergeError(result["error"], hint=result["hint"])
+        error.exit_code = result["exit"]
+        raise error
     return dict(result)

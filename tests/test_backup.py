@@ -11,7 +11,7 @@ import pytest
 from daemons import Site, until
 from shops import NAMES, Shop
 
-from streammerge import backup, files, verify
+from streammerge import backup, configfile, files, snapshots, verify
 from streammerge.errors import ConfigError, Damaged, NoSpace
 from streammerge.snapshots import Store
 
@@ -92,8 +92,8 @@ def test_a_restored_store_goes_on_with_nothing_twice(made: Shop, shop: Shop, tmp
     expected = one_more(made, tmp_path / "later").manifest["fine_tunes"]
     other = shop.at(tmp_path / "elsewhere" / "store")
     (tmp_path / "elsewhere").mkdir()
-    made = backup.restore(other.config, place, quiet)
-    assert (made["version"], made["damaged"]) == (3, [])
+    restored = backup.restore(other.config, place, quiet)
+    assert (restored["version"], restored["damaged"]) == (3, [])
     assert verify.verify(other.config) == []
     assert [entry["name"] for entry in other.manifest["fine_tunes"]] == list(NAMES[:3])
     other.work()
@@ -203,28 +203,39 @@ def test_a_backup_goes_nowhere_it_should_not(shop: Shop, tmp_path: Path) -> None
         backup.backup(full.config, tmp_path / "nightly", quiet)
 
 
-def test_a_backup_while_the_daemon_folds_can_be_restored_and_moved(tmp_path: Path) -> None:
-    """Taken again and again while fine-tunes come in, each copy is whole; a store may also be moved."""
+def test_a_backup_while_the_daemon_folds_can_be_restored(tmp_path: Path) -> None:
+    """Taken again and again while fine-tunes come in, each copy is whole; the restored one goes on."""
     site = Site(tmp_path / "site", keep=1, grace="0s", archive="keep")
-    place = tmp_path / "backup"
+    config, _ = configfile.load(site.config)
+    place, names = tmp_path / "backup", [f"tune-{number}" for number in range(1, 7)]
     with site.daemon() as daemon:
-        for number in range(1, 7):
-            site.publish(f"tune-{number}", number)
-            made = site.ask("backup", str(place))
+        for number, name in enumerate(names, 1):
+            site.publish(name, number)
+            made = backup.backup(config, place, quiet)
             assert made["damaged"] == []
-        daemon.until_state({f"tune-{number}": "folded" for number in range(1, 7)})
-    site.store.rename(tmp_path / "moved")
-    site.configure(store=str(tmp_path / "moved"))
-    assert site.ask("verify")["damaged"] is False
-    site.configure(store=str(tmp_path / "restored"))
-    restored = site.ask("restore", str(place))["version"]
-    assert site.ask("verify") == {"damaged": False, "findings": [], "unfinished": [], "hints": {}}
-    site.configure(targets=[{"name": "hook", "type": "exec", "argv": ["true"]}])
+            copied = config.model_copy(update={"store": place})
+            assert [finding for finding in verify.verify(copied) if finding.is_damage] == []
+            until(lambda name=name: name in daemon.states(), "it is seen")  # type: ignore[misc]
+        daemon.until_state(dict.fromkeys(names, "folded"))
+    site.configure(store="./restored", targets=[{"name": "hook", "type": "exec", "argv": ["true"]}])
+    config, _ = configfile.load(site.config)
+    restored = backup.restore(config, place, quiet)
+    assert verify.verify(config) == []
     with site.daemon() as daemon:
-        daemon.until_state({f"tune-{number}": "folded" for number in range(1, 7)})
+        daemon.until_state(dict.fromkeys(names, "folded"))
         until(lambda: daemon.ask("status")["targets"][0]["state"] == "confirmed", "the target is told")
-        status = daemon.ask("status")
-    assert (status["count"], status["current"]["version"] >= restored) == (6, True)
-    assert sorted(site.ask("show", "head")["fine_tunes"], key=str) == sorted(
-        {entry["digest"]: entry for entry in site.ask("show", "head")["fine_tunes"]}.values(), key=str
-    )
+        assert daemon.ask("status")["count"] == 6
+        assert daemon.ask("status")["current"]["version"] >= restored["version"]
+    current, _ = configfile.load(site.config)
+    manifest = snapshots.read((current.store / "current").resolve())
+    assert sorted(entry["name"] for entry in manifest.fine_tunes) == names
+
+
+def test_a_store_may_be_moved(shop: Shop, tmp_path: Path) -> None:
+    """Nothing in it names its own place: it verifies there, and goes on."""
+    shop.config.store.rename(tmp_path / "moved")
+    moved = shop.at(tmp_path / "moved")
+    assert verify.verify(moved.config) == []
+    moved.work()
+    assert [entry["name"] for entry in moved.manifest["fine_tunes"]] == list(NAMES)
+    assert verify.verify(moved.config) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -109,7 +110,7 @@ def reseal(shop: Shop, number: int, change: Callable[[dict[str, Any]], object]) 
     change(manifest)
     content = canonical_json(manifest)
     (folder / "manifest.json").write_bytes(content)
-    digest = snapshots.hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     old = folder.name
     folder.rename(folder.with_name(snapshots.folder_name(number, digest)))
     protect(folder.with_name(snapshots.folder_name(number, digest)))

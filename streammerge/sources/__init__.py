@@ -96,6 +96,12 @@ class Source(Protocol):
         `room` is asked before the first byte, with the bytes of all files; it raises where they do not fit.
         """
 
+    def absence(self, name: str, revision: str, digest: str) -> str:
+        """Say why a revision that was folded with this content cannot be had any more, "" where it can.
+
+        Raises TryAgain if the place cannot be seen. Nothing is fetched; what lies here is read.
+        """
+
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
         """Call `hint` when something may have changed; gives the function that stops it."""
 

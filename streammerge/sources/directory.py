@@ -202,6 +202,23 @@ class Directory:
                 hint="check that it is there and readable, or publish it again",
             ) from exc
 
+    def absence(self, name: str, revision: str, digest: str) -> str:
+        """See whether the folder still has this content; it only ever has its newest."""
+        del revision
+        path = self.config.path / name
+        if not self.config.path.is_dir():
+            raise TryAgain(
+                f"source {self.name}: {self.config.path} is not there",
+                hint="check that the folder exists, is mounted and can be read",
+            )
+        if not path.exists():
+            return f"it is no longer in source {self.name}"
+        try:
+            found = weights.identity(path, self._beat, self._sidecar)
+        except (OSError, Refused, headers.Incomplete) as exc:
+            return f"source {self.name} has it damaged: {exc}"
+        return "" if found == digest else f"source {self.name} has another revision of it now"
+
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
         """Have the kernel say when something below the folder changes; falls back to the poll alone."""
         observer = watchdog.observers.Observer()

@@ -341,6 +341,17 @@ class HubRepositories:
             # It was the hash declared that came here damaged.
             raise TryAgain(f"{name} is declared in two ways", hint=ROUTE) from None
 
+    def absence(self, name: str, revision: str, digest: str) -> str:
+        """Ask the Hub whether that commit is there and its files are given to this token."""
+        del digest  # a commit never changes
+        try:
+            needed = needed_files(self.hub.repo(name, revision), self._sidecar)
+        except Withheld as exc:
+            return f"{exc.reason} at source {self.name}: {exc.message}"
+        if not needed or not self.hub.may_read(name, revision, needed[-1].path):
+            return f"source {self.name} does not give its files to this token any more"
+        return ""
+
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
         """A Hub tells by webhook, which comes in at the daemon's own port."""
         del hint
