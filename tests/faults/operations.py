@@ -157,7 +157,7 @@ FOLDED = dict.fromkeys(NAMES, "folded")
 OPERATIONS = (
     Operation("full weights", NAMES, {**FOLDED, "z-broken": "refused"}, begin=good_and_bad),
     Operation(
-        "adapters", ("a", "c", "b"), FOLDED, {"archive": "adapters"}, lay=work_off, begin=adapters,
+        "adapters", NAMES, FOLDED, {"archive": "adapters"}, lay=work_off, begin=adapters,
     ),
     Operation(
         "sidecars", ("a", "b"), {"a": "folded", "b": "folded"}, {"method": "fisher"},
