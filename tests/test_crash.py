@@ -1,216 +1,110 @@
-"""SIGKILL after each numbered step: after a restart, bytes and ledger are those of an undisturbed run."""
+"""SIGKILL at any step of anything: after a restart, bytes, ledger and what was told are as undisturbed.
+
+The short form of `python -m faults --only kills`, on the same operations, with the same comparison.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import random
 import subprocess
-import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import pytest
-from daemons import STREAMMERGE, Daemon, Site, command, environment, until, without_times
+from daemons import STREAMMERGE, Daemon, Site, environment, until
+from faults import kills, rollbacks
+from faults.ends import ended
+from faults.kills import Stage
+from faults.operations import OPERATIONS
+from faults.processes import KILLED, Blow, run
 
-from streammerge.steps import STEPS
+from streammerge.steps import JOURNEY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-NAMES = ("a", "b", "c")
-KILLED = -9
-RANDOM_KILLS = 5
-MANY_RANDOM_KILLS = 50
-LIFE_SECONDS = 3.0
+    from faults.operations import Operation
 
-
-@dataclass(frozen=True)
-class Ended:
-    """What a run leaves behind that must not depend on how often it was killed.
-
-    bytes       path below snapshots/ -> sha256
-    served      where `current` leads
-    history     every version's row, times aside
-    fine_tunes  every fine-tune's row, times and attempts aside
-    leftovers   what lies in inbox/ and candidates/
-    confirmed   the version that the target confirmed last
-    """
-
-    bytes: dict[str, str]
-    served: str
-    history: list[dict[str, Any]]
-    fine_tunes: list[dict[str, Any]]
-    leftovers: list[str]
-    confirmed: int
-
-
-def ended(site: Site) -> Ended:
-    """Read a site's end state."""
-    snapshots = site.store / "snapshots"
-    return Ended(
-        bytes={
-            str(path.relative_to(snapshots)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(snapshots.rglob("*"))
-            if path.is_file()
-        },
-        served=str((site.store / "current").readlink()),
-        history=without_times(site.ask("history")),
-        fine_tunes=without_times(site.ask("fine-tunes")),
-        leftovers=[path.name for part in ("inbox", "candidates") for path in (site.store / part).iterdir()],
-        confirmed=site.ask("status")["targets"][0]["snapshot"],
-    )
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+EVERY = tuple(BY_NAME)
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """Three good fine-tunes, one with NaN and a target; nothing was run yet."""
-    site = Site(tmp_path_factory.mktemp("fresh") / "site")
-    site.configure(targets=[{"name": "hook", "type": "exec", "argv": [site.program("hook", "exit 0")]}])
-    for number, name in enumerate(NAMES, 1):
-        site.publish(name, number)
-    site.publish("z-broken", 9, size=float("nan"))
-    return site
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Stage]:
+    """Give an operation's stage, made once."""
+    made: dict[str, Stage] = {}
 
+    def stage(name: str) -> Stage:
+        if name not in made:
+            made[name] = Stage(BY_NAME[name], tmp_path_factory.mktemp("stage"))
+        return made[name]
 
-@pytest.fixture(scope="module")
-def finished(fresh: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A copy after one run that nobody killed."""
-    site = fresh.copy(tmp_path_factory.mktemp("finished") / "site")
-    site.once()
-    assert site.served == list(NAMES)
-    assert site.states() == {**dict.fromkeys(NAMES, "folded"), "z-broken": "refused"}
-    return site
-
-
-@pytest.fixture(scope="module")
-def undisturbed(finished: Site) -> Ended:
-    """What such a run leaves behind."""
-    return ended(finished)
+    return stage
 
 
 @pytest.fixture
-def site(fresh: Site, tmp_path: Path) -> Site:
-    """A copy, for one test."""
-    return fresh.copy(tmp_path / "site")
+def full_weights(stages: Callable[[str], Stage]) -> Stage:
+    """Three good fine-tunes and a broken one arrive at a store that is not there yet."""
+    return stages("full weights")
 
 
-def verify(site: Site) -> None:
-    """What a kill left unfinished is no damage; before the first version there is nothing to verify."""
-    if (site.store / "current").is_symlink():
-        site.run("verify", code=0)
+@pytest.fixture
+def site(full_weights: Stage) -> Iterator[Site]:
+    """A copy, at which they have just arrived."""
+    with full_weights.site() as site:
+        yield site
 
 
-def live_until_killed(site: Site, step: str) -> None:
-    """Run the daemon until it kills itself at a step."""
-    daemon = Daemon(site, env={"STREAMMERGE_KILL_AT": step})
-    try:
-        assert daemon.until_ended() == KILLED, daemon.tail()
-    finally:
-        daemon.kill()
-
-
-def live_to_the_end(site: Site) -> None:
-    """Run the daemon until everything is decided and told."""
-    with site.daemon() as daemon:
-        until(lambda: daemon.states().get("z-broken") == "refused", "the last is decided")
-        daemon.until_state(dict.fromkeys(NAMES, "folded"))
-        until(lambda: daemon.ask("status")["targets"][0]["snapshot"] == len(NAMES), "the target is told")
-
-
-def test_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
+def test_killed_at_every_step_in_turn(full_weights: Stage, site: Site) -> None:
     """`run --once`, started again and killed one step further each time, ends where one run ends."""
-    for step in STEPS:
-        site.once(code=KILLED, STREAMMERGE_KILL_AT=step)
-        verify(site)
-    site.once()
-    assert ended(site) == undisturbed
+    for step in JOURNEY:
+        done = full_weights.strike(site, Blow(step))
+        assert done.code == KILLED, f"{step}: {done.said}"
+        kills.verify(site)
+    full_weights.finish(site)
+    assert full_weights.differences(site) == []
 
 
 @pytest.mark.slow
-def test_the_daemon_killed_at_every_step_in_turn(site: Site, undisturbed: Ended) -> None:
-    """The daemon, started again and killed one step further each time, ends where one run ends."""
-    for step in STEPS:
-        live_until_killed(site, step)
-    live_to_the_end(site)
-    assert ended(site) == undisturbed
-    verify(site)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize("step", STEPS)
-def test_killed_at_one_step(site: Site, undisturbed: Ended, step: str, nth: int) -> None:
-    """Killed at the first, second or third passing of a step, `run --once` ends where one run ends."""
-    site.once(code=None, STREAMMERGE_KILL_AT=f"{step}:{nth}")
-    verify(site)
-    site.once()
-    assert ended(site) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", STEPS)
-def test_the_daemon_killed_at_one_step(site: Site, undisturbed: Ended, step: str) -> None:
-    """Killed once at one step, the daemon ends where an undisturbed run ends."""
-    live_until_killed(site, f"{step}:2" if step not in ("announced", "copied") else step)
-    verify(site)
-    live_to_the_end(site)
-    assert ended(site) == undisturbed
-
-
-def killed_at_random(site: Site, kills: int, seed: int) -> None:
-    """Run the daemon and kill it at random moments of its life, most of them while it works."""
-    moments = random.Random(seed)
-    for _ in range(kills):
-        daemon = Daemon(site)
-        time.sleep(moments.uniform(0.5 * LIFE_SECONDS, LIFE_SECONDS))
-        daemon.kill()
-        verify(site)
-    live_to_the_end(site)
-
-
-def test_killed_at_random(site: Site, undisturbed: Ended) -> None:
-    """Killed five times at moments nobody chose, the daemon ends where an undisturbed run ends."""
-    killed_at_random(site, RANDOM_KILLS, seed=int(time.time()))
-    assert ended(site) == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_at_random_many_times(fresh: Site, undisturbed: Ended, tmp_path: Path) -> None:
-    """The same for fifty kills, with a new store for every five."""
-    for number in range(MANY_RANDOM_KILLS // RANDOM_KILLS):
-        site = fresh.copy(tmp_path / f"site-{number}")
-        killed_at_random(site, RANDOM_KILLS, seed=number)
-        assert ended(site) == undisturbed, f"seed {number}"
+def test_the_daemon_killed_at_every_step_in_turn(full_weights: Stage, site: Site) -> None:
+    """The daemon as it is started by hand, killed one step further each time, ends where one run ends."""
+    for step in JOURNEY:
+        daemon = Daemon(site, env={"STREAMMERGE_KILL_AT": step})
+        assert daemon.until_ended() == KILLED, daemon.tail()
+        kills.verify(site)
+    with site.daemon():
+        until(lambda: full_weights.is_over(site), "the end of an undisturbed run")
+    assert full_weights.differences(site) == []
 
 
 @pytest.mark.parametrize(
-    ("by", "step"), [("itself", "intended"), ("itself", "switched"), ("the daemon", "intended")]
+    ("name", "step"),
+    [
+        ("rolled back", "intended"),
+        ("rolled back", "switched"),
+        ("retracted by replay", "sealed"),
+        ("retracted by replay", "accepted"),
+        ("collected by a command", "collected"),
+        ("rejected", "answered"),
+    ],
 )
-def test_a_rollback_killed_half_way_is_done_once(finished: Site, tmp_path: Path, by: str, step: str) -> None:
-    """Killed before or after the switch, a rollback is completed at the next start and not done twice."""
-    site = finished.copy(tmp_path / "site")
-    kill = {"STREAMMERGE_KILL_AT": step}
-    if by == "itself":
-        command("rollback", "--yes", "-c", site.config, code=KILLED, env=kill)
-    else:
-        daemon = Daemon(site, env=kill)
-        daemon.until_ready()
-        site.run("rollback", "--yes", "--no-wait")
-        assert daemon.until_ended() == KILLED
-    verify(site)
-    site.once()
-    assert site.served == ["a", "b"], step
-    status = site.ask("status")
-    assert (status["current"]["version"], status["head"]["version"]) == (2, 2)
-    assert status["held"]
-    assert site.states() == {"a": "folded", "b": "folded", "c": "denied", "z-broken": "refused"}
-    assert status["targets"][0]["snapshot"] == 2
-    verify(site)
+def test_a_command_killed_half_way_is_done_once(stages: Callable[[str], Stage], name: str, step: str) -> None:
+    """What a killed command had begun is completed at the next start, and not done twice."""
+    assert kills.killed_at(stages(name), Blow(step)) == []
+
+
+def test_a_daemon_killed_at_a_rollback_goes_on_with_it(stages: Callable[[str], Stage]) -> None:
+    """The next daemon switches `current`, and the command is answered."""
+    assert kills.daemon_killed_at(stages("rolled back"), Blow("intended")) == []
+
+
+def test_killed_at_random(full_weights: Stage) -> None:
+    """Killed five times at moments that depend on the machine, the daemon ends as undisturbed."""
+    assert kills.killed_at_random(full_weights, seed=1) == (kills.KILLS_AT_A_SITE, [])
 
 
 @pytest.mark.parametrize("log_bytes", [pytest.param(0, marks=pytest.mark.slow), 30_000])
-def test_killed_while_the_ledger_is_made(site: Site, undisturbed: Ended, log_bytes: int) -> None:
+def test_killed_while_the_ledger_is_made(full_weights: Stage, site: Site, log_bytes: int) -> None:
     """Killed before or between the ledger's first tables, the next start makes them; nothing is damaged."""
     log = site.store / "ledger.db-wal"
     running = subprocess.Popen(
@@ -223,5 +117,56 @@ def test_killed_while_the_ledger_is_made(site: Site, undisturbed: Ended, log_byt
     running.kill()
     assert running.wait() == KILLED
     assert site.run("status", code=None).returncode in (0, 2)
-    site.once()
-    assert ended(site) == undisturbed
+    full_weights.finish(site)
+    assert full_weights.differences(site) == []
+
+
+def test_what_differs_is_found(full_weights: Stage, site: Site) -> None:
+    """A byte, a mode, a row or a telling that is not as undisturbed is a difference, by its name."""
+    full_weights.finish(site)
+    manifest = site.store / "current" / "manifest.json"
+    for spoil, named in (
+        (partial(run, site, "hold"), "facts"),
+        (partial(manifest.chmod, 0o644), "manifest.json"),
+        (partial(manifest.write_bytes, b"{}"), "manifest.json"),
+        (partial((site.store / "inbox" / "9").mkdir), "inbox/9"),
+        (partial(told, site, "9-000000000000 000009"), "told-first.txt"),
+    ):
+        before = ended(site)
+        spoil()
+        assert any(named in found for found in before.differences(ended(site))), named
+
+
+def told(site: Site, line: str) -> None:
+    """Have the target told once more."""
+    with (site.root / "told-first.txt").open("a") as log:
+        log.write(f"{line}\n")
+
+
+# ---------------------------------------------------------------------------------------------- slow ones
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=EVERY)
+def test_killed_at_any_step(operation: Operation, stages: Callable[[str], Stage]) -> None:
+    """Whatever is asked, killed at the first passing of any of its steps, it ends as undisturbed."""
+    stage = stages(operation.name)
+    found = {str(blow): kills.killed_at(stage, blow) for blow in kills.passings(stage, 1)}
+    assert found
+    assert {place: differences for place, differences in found.items() if differences != []} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", kills.RANDOM)
+def test_killed_at_random_many_times(name: str, stages: Callable[[str], Stage]) -> None:
+    """So it does when it is killed at moments nobody chose."""
+    stage = stages(name)
+    assert [found for seed in range(6) for found in kills.killed_at_random(stage, seed)[1]] == []
+
+
+@pytest.mark.slow
+def test_a_rollback_stays_in_force(tmp_path: Path) -> None:
+    """After looks at the source and restarts, what was taken out is out; and after the hold is lifted."""
+    assert rollbacks.in_force(Site(tmp_path / "site")) >= rollbacks.POLLS

@@ -44,12 +44,12 @@ SHORT = (
 )  # pass every step
 WHERE = (
     "A step is killed at up to its third passing. Which steps and effects an operation has is what its "
-    "undisturbed run had; an effect is a change of the file system as the interpreter's audit events tell it, "
-    "or a commit of the ledger."
+    "undisturbed run had; an effect is a change of the file system, by the interpreter's audit events, or a "
+    "commit of the ledger."
 )
 COMPARED = (
-    "Compared: every byte and mode in the store, every row of the ledger without times, where `current` leads, "
-    "and what the targets wrote down. `verify` after every kill."
+    "Compared: every byte and mode in the store, every row of the ledger without times, where `current` "
+    "leads, and what the targets wrote down. `verify` after every kill."
 )
 
 
@@ -69,6 +69,7 @@ class Stage:
         self._known = len(commands(self._fresh))
         self._copies = 0
         with self.site() as site:
+            run(site, "version")  # the first process of all waits for the imports
             started = time.monotonic()
             self.undisturbed = self.strike(site)
             self.seconds = time.monotonic() - started
@@ -307,21 +308,12 @@ def measure(work: Path, scale: str) -> Findings:
     tally = Tally()
     wanted = {*SHORT, *RANDOM}
     stages = {o.name: Stage(o, work) for o in OPERATIONS if is_full or o.name in wanted}
-    met: set[str] = set()
-    for name, stage in stages.items():
-        for blow in passings(stage, PASSINGS if is_full else 1):
-            if is_full or blow.step not in met:
-                tally.add("at a step", f"{name}, at {blow}", killed_at(stage, blow))
-                met.add(blow.step)
-        for blow in in_a_daemon(stage):
-            if is_full or f"daemon {blow.step}" not in met:
-                tally.add("daemon at a step", f"{name}, daemon at {blow}", daemon_killed_at(stage, blow))
-                met |= {f"daemon {blow.step}", blow.step}
-        for blow in effects(stage) if is_full else ():
-            tally.add("before an effect", f"{name}, at {blow}", killed_at(stage, blow))
-        tally.say(name)
     kill_at_random(stages, tally, RANDOM_KILLS[scale])
-    tally.say("at random")
+    met = kill_at_steps(stages, tally, is_full=is_full)
+    for stage in stages.values() if is_full else ():
+        for blow in effects(stage):
+            tally.add("before an effect", f"{stage.operation.name}, at {blow}", killed_at(stage, blow))
+        tally.say(stage.operation.name)
     findings = Findings("Killed anywhere, does it end as undisturbed?", differences=tally.differences)
     unpassed = sorted(set(STEPS) - met)
     findings.figures = [
@@ -344,6 +336,23 @@ def measure(work: Path, scale: str) -> Findings:
     return findings
 
 
+def kill_at_steps(stages: dict[str, Stage], tally: Tally, *, is_full: bool) -> set[str]:
+    """Kill at each step of each operation, or of one that passes it; gives the steps that were passed."""
+    met: set[str] = set()
+    met_by_daemons: set[str] = set()
+    for name, stage in stages.items():
+        for blow in passings(stage, PASSINGS if is_full else 1):
+            if is_full or blow.step not in met:
+                tally.add("at a step", f"{name}, at {blow}", killed_at(stage, blow))
+                met.add(blow.step)
+        for blow in in_a_daemon(stage):
+            if is_full or blow.step not in met_by_daemons:
+                tally.add("daemon at a step", f"{name}, daemon at {blow}", daemon_killed_at(stage, blow))
+                met_by_daemons.add(blow.step)
+        tally.say(f"{name}, at steps")
+    return met | met_by_daemons
+
+
 def kill_at_random(stages: dict[str, Stage], tally: Tally, wanted: int) -> None:
     """Kill at random moments until enough were killed; a seed repeats what it found."""
     seed = 0
@@ -355,3 +364,4 @@ def kill_at_random(stages: dict[str, Stage], tally: Tally, wanted: int) -> None:
             what = f"{stage.operation.name}, seed {seed // len(RANDOM)}, {kills} killed"
             tally.differences.append(f"{what}: {'; '.join(found)}")
         seed += 1
+    tally.say("at random")

@@ -118,9 +118,8 @@ def good_and_bad(site: Site) -> None:
 
 
 def adapters(site: Site) -> None:
-    """Two adapters and full weights arrive."""
-    for number, name in enumerate(("a", "c"), 1):
-        models.make_adapter(site.inflow / name, site.base, seed=number)
+    """An adapter and full weights arrive."""
+    models.make_adapter(site.inflow / "a", site.base, seed=1)
     site.publish("b", 2)
 
 
@@ -157,7 +156,8 @@ FOLDED = dict.fromkeys(NAMES, "folded")
 OPERATIONS = (
     Operation("full weights", NAMES, {**FOLDED, "z-broken": "refused"}, begin=good_and_bad),
     Operation(
-        "adapters", ("a", "c", "b"), FOLDED, {"archive": "adapters"}, lay=work_off, begin=adapters,
+        "adapters", ("a", "b"), {"a": "folded", "b": "folded"}, {"archive": "adapters"},
+        lay=work_off, begin=adapters,
     ),
     Operation(
         "sidecars", ("a", "b"), {"a": "folded", "b": "folded"}, {"method": "fisher"},
@@ -205,8 +205,8 @@ OPERATIONS = (
         asked=("fine-tunes", "approve", "c"),
     ),
     Operation(
-        "refused by a gate", ("a", "c"), {**FOLDED, "b": "quarantined"}, {"keep_refused": 0},
-        lay=after(gated, work_off), begin=publish(*NAMES),
+        "refused by a gate", ("c",), {"b": "quarantined", "c": "folded"}, {"keep_refused": 0},
+        lay=after(gated, work_off), begin=publish("b", "c"),
     ),
     Operation(
         "taken up again", ("a", "b"), {"a": "folded", "b": "folded"},
@@ -217,8 +217,8 @@ OPERATIONS = (
         lay=one_by_one(*NAMES), begin=configure(keep=1), asked=("gc",),
     ),
     Operation(
-        "collected by folds", NAMES, FOLDED, {"grace": "0s", "keep": 1, "targets": []},
-        lay=work_off, begin=publish(*NAMES),
+        "collected by folds", ("a", "b"), {"a": "folded", "b": "folded"},
+        {"grace": "0s", "keep": 1, "targets": []}, lay=work_off, begin=publish("a", "b"),
     ),
     Operation("two targets are told", NAMES, FOLDED, begin=unheard),
 )  # fmt: skip
