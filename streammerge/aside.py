@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files
-from streammerge.errors import DiskFails, NoDeviceMemory, Quarantined, RateLimited, Unable, Withheld
+from streammerge.errors import (
+    DiskFails,
+    NoDeviceMemory,
+    NoMemory,
+    NoSpace,
+    Quarantined,
+    RateLimited,
+    Unable,
+    Withheld,
+)
 from streammerge.ledger import now
 from streammerge.steps import reached
 
@@ -88,8 +97,12 @@ def put_back(merge: Merge, row: Row, why: TryAgain) -> float:
 
 def note_unable(merge: Merge, why: Unable) -> None:
     """Remember what the machine withholds, and say so when it begins."""
-    if merge.unable is None or merge.unable.event != why.event:
-        log.warning(why.event, detail=why.message, hint=why.hint)
+    if type(merge.unable) is not type(why):
+        log.warning(
+            {NoSpace: "disk.full", DiskFails: "disk.failing", NoMemory: "memory.short"}[type(why)],
+            detail=why.message,
+            hint=why.hint,
+        )
     merge.unable = why
     merge.metrics.disk_errors.inc(isinstance(why, DiskFails))
 

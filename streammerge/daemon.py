@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,8 @@ class Daemon:
     def _guarded(self, name: str, target: Callable[[], None]) -> None:
         """Run a thread's loop; what it cannot handle stops the process in order, never silently."""
         try:
-            target()
+            with machine.errors(name, self.config.store):
+                target()
         except Stopped:
             pass
         except StreammergeError as exc:
@@ -421,10 +423,12 @@ class Daemon:
     def _status_line(self) -> str:
         if self.merge is None:
             return "opening the store"
-        head = self.merge.head
-        return f"version {head.version}, {len(head.fine_tunes)} fine-tunes" + (
-            f"; held: {self.merge.held}" if self.merge.held else ""
-        )
+        with suppress(TryAgain), machine.errors("reading the status", self.config.store):
+            head = self.merge.head
+            return f"version {head.version}, {len(head.fine_tunes)} fine-tunes" + (
+                f"; held: {self.merge.held}" if self.merge.held else ""
+            )
+        return "the store cannot be read now"
 
     def _views(self) -> Views:
         def status() -> dict[str, Any]:

@@ -67,30 +67,19 @@ class TryAgain(StreammergeError):
 
 
 class Unable(TryAgain):
-    """The machine cannot do the work now; the same work is tried again when it can.
-
-    `event` is what is logged of it, once.
-    """
-
-    event = "machine.unable"
+    """The machine cannot do the work now; the same work is tried again when it can."""
 
 
 class NoSpace(Unable):
     """There is not enough free disk space for the next step."""
 
-    event = "disk.full"
-
 
 class DiskFails(Unable):
     """The disk does not do what it is told: it returns errors, or can only be read."""
 
-    event = "disk.failing"
-
 
 class NoMemory(Unable):
     """Memory that the next step needs is not to be had."""
-
-    event = "memory.short"
 
 
 class Locked(TryAgain):

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def bring_in(merge: Merge, row: Row, source: Source) -> Path:
     """Step 2: fetch the files of a row into the inbox, where they are not yet; gives the folder."""
     inbox = merge.store.inbox / str(row["id"])
-    if not inbox.exists():
+    if inbox.exists():
+        if row["step"] == "announced":
+            files.fsync_folder(merge.store.inbox)  # it may have been cut off before that
+    else:
         part = merge.store.inbox / f"{row['id']}.part"
         if not source.is_remote:
             files.remove_tree(part)

@@ -61,8 +61,10 @@ def run_once(config: Config) -> None:
             sources = {part.name: open_source(part, config, beat) for part in config.sources}
             reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
-            while turns.work_once(merge, sources):
+            while turns.work_once(merge, sources) and not merge.unable:
                 beat()
+            if merge.unable:  # the next one would be folded before the one that failed
+                raise merge.unable
             promote.deliver(merge, [open_target(part, config, beat) for part in config.targets])
             left = merge.ledger.fine_tunes("pending") if not merge.held else []
             failures += [f"{row['name']}: {row['detail']}" for row in left]

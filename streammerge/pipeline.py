@@ -142,17 +142,18 @@ def under_construction(
     merge: Merge, head: Snapshot, way: Way | None, purpose: str
 ) -> Iterator[tuple[int, Path]]:
     """Give a number and an empty building folder, which goes if anything fails; what is read stays."""
-    version = next_version(merge)
-    require_space(merge, purpose)
-    building = snapshots.begin(merge.store, version)
     merge.folding_from = (head.path, *([way.start.path] if way and way.start else []))
-    merge.metrics.folding.set(1)
-    merge.metrics.fold_started.set_to_current_time()
     try:
-        yield version, building
-    except BaseException:
-        files.remove_tree(building)
-        raise
+        version = next_version(merge)
+        require_space(merge, purpose)
+        building = snapshots.begin(merge.store, version)
+        merge.metrics.folding.set(1)
+        merge.metrics.fold_started.set_to_current_time()
+        try:
+            yield version, building
+        except BaseException:
+            files.remove_tree(building)
+            raise
     finally:
         merge.folding_from = ()
         merge.metrics.folding.set(0)
@@ -452,12 +453,12 @@ def next_version(merge: Merge) -> int:
 
 
 def require_space(merge: Merge, purpose: str) -> None:
-    """Raise NoSpace before work that the disk cannot hold; what was only prepared gives way first."""
+    """Raise NoSpace before work that the disk cannot hold; what was only prepared, or may go, goes first."""
     needed = reports.version_bytes(merge.store.read_settings())
     try:
         machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
     except NoSpace:
-        if not merge.engine.give_back_disk():
+        if not merge.engine.give_back_disk() and not (merge.ledger.fact("head") and tidy(merge)):
             raise
         machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
     if isinstance(merge.unable, NoSpace):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import files
+from streammerge import files, machine
 from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class Store:
     def read_settings(self) -> dict[str, Any]:
         """Read store.json."""
         try:
-            settings: dict[str, Any] = json.loads(self.settings.read_bytes())
+            with machine.errors("reading the store", self.settings):
+                settings: dict[str, Any] = json.loads(self.settings.read_bytes())
         except (OSError, ValueError) as exc:
             raise Damaged(
                 f"{self.settings} cannot be read: {exc}", hint="restore it from a backup of the store"
@@ -201,7 +202,8 @@ def read(path: Path) -> Snapshot:
     """Open a sealed folder: its manifest must hash to what the folder's name says."""
     match = FOLDER.match(path.name)
     try:
-        content = (path / "manifest.json").read_bytes()
+        with machine.errors("reading a version", path):  # what cannot be read may be whole
+            content = (path / "manifest.json").read_bytes()
         manifest = json.loads(content)
     except (OSError, ValueError) as exc:
         raise Damaged(f"{path}/manifest.json cannot be read: {exc}", hint=RESTORE) from exc

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from streammerge import linalg, plan
+from streammerge import linalg, machine, plan
 from streammerge.errors import Damaged, Refused
 from streammerge.headers import CODES, Incomplete, WeightsSet
 from streammerge.weights import Weights, Writer
@@ -240,7 +240,8 @@ def open_sealed(
     """Open a file of a sealed state, to be read front to back; Damaged for another than was written."""
     path = state.folder / file_name
     try:
-        found = Weights(WeightsSet((path,)), whole=True)
+        with machine.errors("reading a state", path):
+            found = Weights(WeightsSet((path,)), whole=True)
     except (OSError, Refused, Incomplete) as exc:
         raise Damaged(f"{path} cannot be read: {exc}", hint=ROLL_BACK) from exc
     if [(e.name, e.dtype, e.shape) for e in found.entries.values()] != list(declared):

@@ -91,8 +91,9 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
     version = str(int(path.name.split("-")[0]))
     marked = {v: why for v, why in (merge.ledger.fact("damaged") or {}).items() if v != version}
     try:
-        snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
-    except Damaged as exc:
+        with machine.errors("reading a version", path):
+            snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
+    except (Damaged, DiskFails) as exc:
         if path.is_dir():  # else it was collected meanwhile
             marked[version] = exc.message
     recovery.mark_damaged(merge, marked)

@@ -1,4 +1,4 @@
-"""Disks and memory that fail: every write of a journey, the order of writes, and the daemon through all of it."""
+"""Disks and memory that fail: the order of writes, writes that fail, and the daemon through all of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def site(tmp_path: Path) -> Site:
 
 @needs_compiler
 def test_every_name_is_durable_before_it_is_built_upon(tmp_path: Path) -> None:
-    """In one journey each file is fsynced before its name counts, each name before the ledger or the next one."""
+    """In one journey each file is fsynced before its name counts, each name before what follows."""
     root = tmp_path / "site"
     disk = Disk(tmp_path / "disk", root)
     with Forks(tmp_path, disk.environment) as forks:
@@ -182,7 +182,7 @@ def test_a_failing_disk_is_waited_out(site: Site, failing: Disk, error: int, say
 
 @needs_compiler
 def test_a_rollback_is_carried_out_when_the_disk_works_again(tmp_path: Path, site: Site) -> None:
-    """Where `current` cannot be moved after the rollback was written down, it moves later, during the hold."""
+    """Where `current` cannot be moved after a rollback was written down, it moves later, in the hold."""
     failing = Disk(tmp_path / "disk", site.store, "symlink")
     with site.daemon(code=0, prefix=(), **failing.environment) as daemon:
         for number, name in enumerate(("first", "second"), 1):
@@ -227,7 +227,7 @@ def test_a_rollback_finds_what_could_not_be_recorded(tmp_path: Path, site: Site)
 
 
 def test_a_store_that_can_only_be_read_is_left_alone(tmp_path: Path, small_disk: Path) -> None:
-    """Starting on one ends with 75 and a hint, whichever command; what is served can be read; then it works."""
+    """Starting on one ends with 75 and a hint, whatever is run; what is served can be read."""
     site = Site(tmp_path / "site", reserve="1KB")
     site.publish("first", 1)
     site.once()

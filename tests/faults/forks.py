@@ -95,7 +95,7 @@ def become(arguments: list[str], env: dict[str, str], said: list[str]) -> None:
         code = 0
     except SystemExit as exc:
         code = int(exc.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 -- what a process dies of is what is looked for
         traceback.print_exc()
     finally:
         sys.stdout.flush()

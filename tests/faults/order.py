@@ -71,7 +71,7 @@ class Store:
             yield from self.rename(call)
 
     def rename(self, call: Call) -> Iterator[str]:
-        """A name appears: what is below it must be durable if the name counts, and the name itself be soon."""
+        """A name appears: if it counts, what is below must be durable, and the name itself must be soon."""
         old, new = call.path, call.other
         what = f"{old.relative_to(self.root)} became {new.relative_to(self.root)} ({call.number})"
         if self.counts(new):
@@ -107,7 +107,8 @@ class Store:
         """Name what is still owed when all is done."""
         yield from self.owing("the end")
         for path in sorted(self.bytes):
-            if self.counts(path) or path.name == LOG:
+            is_in_log = self.is_faulted and path.name == LEDGER  # until the log goes, which is looked at
+            if (self.counts(path) and not is_in_log) or path.name == LOG:
                 yield f"{path.relative_to(self.root)} was not fsynced at the end"
         for path in sorted(self.names):
             if path == self.root or self.counts(path):

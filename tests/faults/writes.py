@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import models
 from test_crash import Ended, ended
@@ -62,12 +62,18 @@ class Journey:
     def undisturbed(self) -> None:
         """Take all steps once, and keep what each began and ended with."""
         for number in range(len(STEPS)):
-            self.keep(number)
             self.disk.heal()
             self.disk.forget()
             self.step(number, 0)
             self.calls.append(list(self.disk.log()))
-            self.after.append(ended(self.site))
+            self.keep(number + 1)
+            self.after.append(self.end())
+            self.restore(number + 1)
+
+    def end(self) -> Ended:
+        """What is left once collecting, which a fault may have put off, has been done."""
+        self.site.run("gc")
+        return ended(self.site)
 
     def step(self, number: int, code: int | None = None) -> tuple[int, str]:
         """Type one command; gives its exit code and what it said."""
@@ -115,7 +121,7 @@ class Journey:
         wrong += [] if code == 0 else [f"it ends with {code} on a disk that works: {said[-300:]}"]
         wrong += breaches(self.disk.log(), self.site.store, is_faulted=True)
         if code == 0:
-            wrong += differences(self.after[number], ended(self.site))
+            wrong += differences(self.after[number], self.end())
         return failed, wrong
 
     def judged(self, code: int, said: str) -> list[str]:
@@ -149,10 +155,17 @@ def half(store: Path) -> Iterator[str]:
 def differences(expected: Ended, found: Ended) -> list[str]:
     """Say in what two ends differ."""
     return [
-        f"{name} is {getattr(found, name)} and not {getattr(expected, name)}"
+        f"{name}: {sorted(_parts(getattr(found, name)) ^ _parts(getattr(expected, name)))}"
         for name in expected.__dataclass_fields__
         if getattr(expected, name) != getattr(found, name)
     ]
+
+
+def _parts(value: Any) -> set[str]:
+    """What a value consists of, so that two can be compared part by part."""
+    if isinstance(value, dict):
+        return {f"{key}: {part}" for key, part in value.items()}
+    return set(map(str, value)) if isinstance(value, list) else {str(value)}
 
 
 def pattern(call: Call, root: Path) -> tuple[str, str]:
@@ -179,7 +192,7 @@ def begin(work: Path, forks: Forks, disk: Disk, root: Path) -> Journey:
 
 
 def chosen(journey: Journey, scale: str) -> Iterator[tuple[int, int]]:
-    """Give (step, call) for every call of the journey; in the short form for each kind of call and path once."""
+    """Give (step, call) for every call of the journey, or in the short form for one of each kind."""
     seen: set[tuple[int, tuple[str, str]]] = set()
     for step, calls in enumerate(journey.calls):
         for call in sorted(calls, key=lambda call: call.number):
@@ -216,7 +229,7 @@ def measure(work: Path, scale: str) -> Findings:
         ("calls that change the disk, in one journey", f"{sum(map(len, journey.calls)):,}"),
         (
             "kinds of them, by call and path",
-            f"{len({pattern(c, root / 'store') for s in journey.calls for c in s}):,}",
+            f"{len({pattern(c, root) for s in journey.calls for c in s}):,}",
         ),
         *((f"failed with {name}", f"{count:,}") for name, count in injected.items()),
         ("journeys that did not come to the call", f"{missed:,}"),
@@ -224,7 +237,7 @@ def measure(work: Path, scale: str) -> Findings:
     findings.notes.append(
         "Each call fails once in a journey of its own"
         + (", and in another one so do all after it" if scale == "full" else ", one of each kind")
-        + "; then the same command is typed again on a disk that works, and all that is left compared: every byte"
-        " of every version, the ledger's rows, `current`, what the target confirmed."
+        + "; then the same command is typed again on a disk that works, and all that is left is compared:"
+        " every byte of every version, the ledger's rows, `current`, what the target confirmed."
     )
     return findings
