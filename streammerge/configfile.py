@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from streammerge.config import FIXED, Config, ExecTarget, Section
-from streammerge.errors import ConfigError
+from streammerge.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,23 +80,24 @@ def read_yaml(text: str) -> Any:  # noqa: ANN401 -- whatever YAML can say
 
 def _overlay_environment(raw: dict[str, Any], origins: dict[str, str]) -> None:
     """Lay STREAMMERGE__SECTION__KEY=value over the file; values are read as YAML."""
-    for variable, text in sorted(os.environ.items()):
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+    for name, text in sorted(os.environ.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX):
             continue
-        *sections, key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        *sections, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        variable = shown(name)
         place = raw
         for section in sections:
             inner = place.setdefault(section, {})
             if not isinstance(inner, dict):
                 raise ConfigError(
-                    f"{variable}: {section} is a list or a value", hint="set the whole key, as YAML"
+                    f"{variable}: {shown(section)} is a list or a value", hint="set the whole key, as YAML"
                 )
             place = inner
         try:
             place[key] = read_yaml(text)
         except ValueError as exc:
             raise ConfigError(
-                f"{variable}={text}: not readable as YAML", hint="quote it as YAML does"
+                f"{variable}={shown(text[:80])}: not readable as YAML", hint="quote it as YAML does"
             ) from exc
         origins[(sections or [key])[0]] = f"environment {variable}"
 
@@ -108,7 +109,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
         spots = [
             part for part in found["loc"] if part not in ("directory", "hub", "exec", "command", "Since")
         ]
-        key = ".".join(str(part) for part in spots)
+        key = shown(".".join(str(part) for part in spots))
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
             nearest = difflib.get_close_matches(

@@ -5,78 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import models
 import pytest
 from attacks import FOLDERS, NAMES, PLAIN_NAMES, Attack, tuned
 from daemons import DEADLINE_SECONDS, Facts, Site, until
+from judge import Judge
 
 from streammerge import screen
-from streammerge.arriving import Incoming
-from streammerge.config import DirectorySource
-from streammerge.engine import Engine
-from streammerge.errors import Refused
-from streammerge.fit import Tolerance
-from streammerge.headers import find, most_bytes
-from streammerge.methods import Totals
-from streammerge.plan import DEFAULT_ADDED, Recipe
-from streammerge.sources.directory import Directory
-from streammerge.state import State
-from streammerge.weights import Weights
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from streammerge.headers import Entry
 
 MAX_MESSAGE_CHARACTERS = 1200
 MAX_DAEMON_BYTES = 900 << 20
 GOOD = {"good-a": 201, "good-b": 202, "good-c": 203}
-
-
-class Judge:
-    """What becomes of one folder: looked at, screened and folded as the pipeline does it, with no daemon."""
-
-    def __init__(self, folder: Path) -> None:
-        self.base = models.make_base(folder / "base")
-        opened, self.norm = Engine(device="cpu").open_base(folder / "base", DEFAULT_ADDED)
-        with Weights(find(folder / "base")) as weights:
-            self.entries: Mapping[str, Entry] = weights.entries
-        self.recipe = Recipe(opened.base, opened.base_digest, opened.plan, "average", {})
-        self.folder = folder
-
-    def __call__(self, inflow: Path) -> tuple[str, str]:
-        """Give the word for where the one fine-tune in a source folder ends, and what is said about it."""
-        part = DirectorySource(type="directory", name="team", path=inflow, settle=0)
-        source = Directory(part, lambda: None, most_bytes=most_bytes(self.folder / "base"))
-        seen = source.look({}).sightings
-        if not seen:
-            return "", ""
-        for text in (seen[0].name, seen[0].revision, seen[0].waiting_for):
-            assert text.isprintable(), text
-        if not seen[0].revision:
-            return "waiting", seen[0].waiting_for
-        if seen[0].refused:
-            return seen[0].refused, seen[0].waiting_for
-        into = inflow.parent / "inbox"
-        into.mkdir()
-        try:
-            source.fetch(seen[0].name, seen[0].revision, into)
-            self._fold(into)
-        except Refused as exc:
-            return exc.reason, exc.message
-        return "folded", ""
-
-    def _fold(self, path: Path) -> None:
-        with screen.examine(path, self.entries, self.recipe, Tolerance()) as opened:
-            out = path.parent / "state"
-            out.mkdir()
-            old = State(out / "none", {}, Totals())
-            _, measured, _ = Engine(device="cpu").fold(self.recipe, Incoming(opened), old, out)
-            opened.finish()
-        length = sum(float(v.double().square().sum()) for v in self.base.values()) ** 0.5
-        screen.judge(measured, length, max_delta_ratio=1.0)
 
 
 @pytest.fixture(scope="module")
