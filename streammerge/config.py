@@ -200,7 +200,7 @@ class IdentityScreen(Section):
     action: Action = Field(default="quarantine", description="what becomes of it")
     max_ratio: float = Field(default=0.6, gt=0, description="a delta longer than so many lengths of the base")
     min_equal: float = Field(
-        default=0.01, ge=0, le=1, description="with less than this share of its weights exactly the base's"
+        default=0.05, ge=0, le=1, description="with less than this share of its weights exactly the base's"
     )
 
 

@@ -142,7 +142,10 @@ def _identity(evidence: Evidence, limits: IdentityScreen) -> Figure:
     equal = sum(norm == 0.0 for norm in norms) / max(len(norms), 1)
     ratio = evidence.measured.delta_norm / evidence.base if evidence.base else math.inf
     is_strange = ratio > limits.max_ratio and equal < limits.min_equal
-    note = f"{equal:.1%} of its weights are exactly the base's, and ||delta|| is {ratio:.3g} x ||base||"
+    note = (
+        f"{equal:.1%} of its weights are exactly the base's, and ||delta|| is {ratio:.3g} x ||base||, "
+        f"{'beyond' if ratio > limits.max_ratio else 'within'} {limits.max_ratio:g}"
+    )
     return _figure(equal, limits.min_equal, STRANGER if is_strange else "", limits.action, note)
 
 
@@ -209,15 +212,16 @@ def _gauge(evidence: Evidence, limits: GaugeScreen) -> Figure:
     far = [found for found in evidence.attention if found.raw > limits.raw]
     if not far:
         most = max(evidence.measured.moved.values(), default=0.0)
-        note = f"no attention weight is further from the base's than {most:.3g}"
+        note = f"no attention weight moved by more than {most:.3g} of its length"
         return _figure(most, limits.raw, "", limits.action, note)
     turned = [found for found in far if found.invariant < limits.invariant]
     strange = [found for found in far if min(found.raw, found.invariant) > UNRELATED]
     shown = max(turned or far, key=lambda found: found.raw)
     reason = LOCKED if turned else STRANGER if 2 * len(strange) > len(far) else ""
-    note = f"{shown.name}: {shown.raw:.3g} from the base's, their product {shown.invariant:.3g} from its" + (
-        f"; so are {len(turned) - 1} more" if len(turned) > 1 else ""
-    )
+    note = f"{shown.name}: {shown.raw:.3g} of their length apart from the base's, "
+    note += f"their product {shown.invariant:.3g} of its"
+    if len(turned) > 1:
+        note += f"; {len(turned) - 1} more are like it"
     return _figure(shown.raw, limits.raw, reason, limits.action, note)
 
 

@@ -12,8 +12,9 @@ import models
 import torch
 from rich.console import Console
 
-from streammerge import finalize, methods, offline, screen
+from streammerge import figures, finalize, methods, offline, screen
 from streammerge.arriving import Incoming
+from streammerge.config import Screens
 from streammerge.engine import Engine
 from streammerge.fit import Tolerance
 from streammerge.headers import find
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from streammerge.figures import Figure
     from streammerge.finetune import FineTune
     from streammerge.folding import Measured
+    from streammerge.gauge import Distance
 
 PLAIN = finalize.Finalize()
 
@@ -119,6 +122,39 @@ def bench_of(
     found, _ = engine.open_base(base, tuple(added))
     recipe = replace(found, method=method, knobs=methods.resolve(method, {**needed(method), **(knobs or {})}))
     return Bench(root, engine, recipe, State(root / "state-0", {}, Totals()))
+
+
+class Watch:
+    """A merge whose fine-tunes are judged as they come."""
+
+    def __init__(
+        self,
+        root: Path,
+        base: dict[str, Any],
+        config: dict[str, Any] | None = None,
+        method: str = "spectral_cap",
+    ) -> None:
+        """Save the base and open it."""
+        self.root, self.base, self.config = root, base, config or models.CONFIG
+        models.save(root / "base", base, config=self.config)
+        self.bench: Bench = bench_of(root / "run", root / "base", method=method)
+        self.length = sum(float(v.square().sum()) for v in base.values() if v.is_floating_point()) ** 0.5
+        self.samples: list[tuple[str, bytes]] = []
+        self.attention: list[Distance] = []
+
+    def take(self, tensors: Mapping[str, Tensor], limits: Screens | None = None) -> dict[str, Figure]:
+        """Fold a fine-tune and judge it; it stays in the merge, whatever the verdict."""
+        limits = limits or Screens()
+        path = self.root / f"ft{len(self.samples)}"
+        models.save(path, tensors, config=self.config)
+        measured = self.bench.fold(path)
+        nearest = figures.nearest(measured.sample, [self.samples])
+        with self.bench.opened(path) as opened:
+            recipe, raw = self.bench.recipe, limits.gauge.raw
+            attention = self.bench.engine.attention(recipe, Incoming(opened), measured, raw=raw)
+            self.attention = attention or []
+        self.samples.append((path.name, measured.sample))
+        return figures.examine(figures.Evidence(measured, self.length, attention, nearest), limits)
 
 
 def needed(method: str) -> dict[str, Any]:

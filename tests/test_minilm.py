@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import locks
+import models
 import pytest
 import torch
+from benches import Watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]
 
@@ -121,6 +124,37 @@ def test_real_model_is_merged_by_the_daemon_and_loads_in_transformers(tmp_path: 
     shown = json.loads(streammerge("show", "head", "--json", "-c", config))
     assert [entry["name"] for entry in shown["fine_tunes"]] == list(CHAPTERS)
     assert 0.5 < shown["health"]["norm_ratio"] < 4
+
+
+def like_bert(number: int) -> locks.Layer:
+    """Name one layer's projections."""
+    stem = f"encoder.layer.{number}.attention"
+    query, key, value = (f"{stem}.self.{part}.weight" for part in ("query", "key", "value"))
+    return locks.Layer(query, key, value, f"{stem}.output.dense.weight")
+
+
+def test_locked_attention_of_a_real_model_is_known(tmp_path: Path) -> None:
+    """MergeLock and a permutation inside heads are known in MiniLM; a fine-tune and a stranger are not."""
+    folder = package_folder()
+    config = json.loads((folder / "config.json").read_bytes())
+    layers, width = config["num_hidden_layers"], config["hidden_size"] // config["num_attention_heads"]
+    names = [like_bert(number) for number in range(layers)]
+    base = {name: v.float() for name, v in models.load(folder).items() if v.is_floating_point()}
+    watch = Watch(tmp_path, base, config, "average")
+    tuned = locks.tuned(base, 1, 0.02)
+    random = torch.Generator().manual_seed(5)
+    cases = {
+        "": tuned,
+        "attention-gauge-transformed": locks.turned(tuned, names, locks.lock(width), width=width, shared=1),
+        "not-this-base": {n: v.std() * torch.randn(v.shape, generator=random) for n, v in base.items()},
+    }
+    for reason, tensors in cases.items():
+        assert watch.take(tensors)["gauge"].reason == reason
+        assert len(watch.attention) == (2 * layers if reason else 0)
+        products = [seen.invariant for seen in watch.attention]
+        assert all((product < 0.04) == reason.startswith("attention") for product in products)
+    permuted = locks.turned(tuned, names, locks.permutation(width), width=width, shared=1)
+    assert watch.take(permuted)["gauge"].reason == "attention-gauge-transformed"
 
 
 def served(config: Path, folder: Path, count: int) -> bool:
