@@ -1,4 +1,4 @@
-"""What may go: fetched files that no journey needs, old refused candidates, versions beyond `keep`.
+"""What may go, and what is offered no more: fetched files, refused candidates, old and damaged versions.
 
 Never head, current, what a target confirmed last or is still to be told, what was current lately, nor the
 states that keep a replay short.
@@ -7,6 +7,8 @@ states that keep a replay short.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import structlog
 
 from streammerge import files, methods, promote, snapshots
 from streammerge.headers import ADAPTER_WEIGHTS
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from streammerge.config import Config
     from streammerge.ledger import Row
     from streammerge.merging import Merge
+
+log = structlog.get_logger()
 
 
 def tidy(merge: Merge) -> list[str]:
@@ -45,6 +49,17 @@ def tidy(merge: Merge) -> list[str]:
                 removed.append(path.name)
     merge.metrics.retained.set(len(snapshots.folders(merge.store.snapshots)))
     return removed
+
+
+def mark_damaged(merge: Merge, damaged: dict[str, str]) -> None:
+    """Remember which older versions no longer verify: they are not offered for a rollback."""
+    known = merge.ledger.fact("damaged") or {}
+    if damaged != known:
+        merge.ledger.set_fact("damaged", damaged)
+    merge.metrics.damaged.set(len(damaged))
+    for version, why in damaged.items():
+        if version not in known:
+            log.error("snapshot.damaged", version=int(version), detail=why)
 
 
 def tidy_inbox(merge: Merge) -> None:

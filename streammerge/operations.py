@@ -143,14 +143,11 @@ def choose(merge: Merge, head: Snapshot, version: int | None) -> Snapshot:
                 hint="`streammerge history` lists the versions that are there",
             )
         path = by_number
-    chosen = snapshots.read(path)
-    marked = (merge.ledger.fact("damaged") or {}).get(str(chosen.version))
-    if marked:
-        raise StreammergeError(
-            f"version {chosen.version} is damaged: {marked}", hint="choose another version"
-        )
-    snapshots.check_sizes(chosen)
-    return chosen
+    number = str(int(path.name.split("-")[0]))
+    marked = merge.ledger.fact("damaged") or {}
+    if harm := marked.get(number) or next(snapshots.harm_of(path, content=False), ""):
+        raise StreammergeError(f"version {number} is damaged: {harm}", hint="choose another version")
+    return snapshots.read(path)
 
 
 def relabel_snapshots(merge: Merge, chosen: Snapshot) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files, machine, methods, pipeline, promote, reports, snapshots, unfinished
-from streammerge.collect import tidy, tidy_inbox
+from streammerge.collect import mark_damaged, tidy, tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
@@ -176,6 +176,7 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     for parent in (store.candidates, store.snapshots):
         for path in snapshots.folders(parent):
             files.protect(path)
+    drop_damaged(merge)
     if not snapshots.folders(store.snapshots) and ledger.fact("head") is None:
         start_with_base(merge)
     else:
@@ -192,6 +193,30 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     else:
         tidy(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
+
+
+def drop_damaged(merge: Merge, *, content: bool = False) -> None:
+    """A candidate that is not what was sealed was never official: it goes, and is made again."""
+    sound = set()
+    for path in snapshots.folders(merge.store.candidates):
+        row = merge.ledger.snapshot(int(path.name.split("-")[0]))
+        if row is not None and row["state"] == "refused":  # it stays for inspection, as it is
+            continue
+        found = list(snapshots.harm_of(path, content=content, beat=merge.engine.beat))
+        if found:
+            log.warning("recovery.candidate_damaged", folder=path.name, detail=found[0])
+            files.remove_tree(path)
+        else:
+            sound.add(path.name)
+    for row in merge.ledger.rows("select * from snapshots where state = 'candidate'"):
+        name = snapshots.folder_name(row["version"], row["digest"])
+        if name in sound or (merge.store.snapshots / name).is_dir():
+            continue
+        if row["version"] == 0:  # it is sealed under this number again
+            merge.ledger.write("delete from snapshots where version = 0")
+        else:
+            note = "discarded: it was not what was sealed"
+            merge.ledger.update_snapshot(row["version"], state="refused", note=note)
 
 
 def start_with_base(merge: Merge) -> None:
@@ -220,17 +245,6 @@ def check_accepted(merge: Merge) -> None:
                 raise
             damaged[str(row["version"])] = exc.message
     mark_damaged(merge, damaged)
-
-
-def mark_damaged(merge: Merge, damaged: dict[str, str]) -> None:
-    """Remember which older versions no longer verify: they are not offered for a rollback."""
-    known = merge.ledger.fact("damaged") or {}
-    if damaged != known:
-        merge.ledger.set_fact("damaged", damaged)
-    merge.metrics.damaged.set(len(damaged))
-    for version, why in damaged.items():
-        if version not in known:
-            log.error("snapshot.damaged", version=int(version), detail=why)
 
 
 def finish_promotion(merge: Merge) -> None:

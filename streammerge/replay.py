@@ -14,7 +14,7 @@ import structlog
 
 from streammerge import files, methods, screen, snapshots
 from streammerge.arriving import Incoming
-from streammerge.collect import is_archived
+from streammerge.collect import is_archived, mark_damaged
 from streammerge.errors import Damaged, Refused, TryAgain
 from streammerge.fetching import bring_in, published
 from streammerge.fit import Tolerance
@@ -190,8 +190,25 @@ def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
 def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
     """Go a way: the state it leads to lies in building/`name` then.
 
-    Raises TryAgain where a fine-tune's content is not what was folded.
+    Raises TryAgain where a fine-tune's content is not what was folded, or an older version from which the
+    way begins is not what was sealed: that is marked, and the next way begins elsewhere.
     """
+    try:
+        return go(merge, way, building, name)
+    except Damaged as exc:
+        start = way.start
+        if start is None or start.digest == merge.head.digest or not any(snapshots.harm_of(start.path)):
+            raise
+        marked = merge.ledger.fact("damaged") or {}
+        mark_damaged(merge, {**marked, str(start.version): exc.message})
+        raise TryAgain(
+            f"version {start.version}, to begin from, is damaged: {exc.message}",
+            hint="ask again: another version is begun from then",
+        ) from exc
+
+
+def go(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
+    """Take out and fold in, one after the other."""
     state = merge.state_of(way.start) if way.start else State(building, {}, Totals())
     measured: Measured | None = None
     for number in range(1, len(way) + 1):

@@ -270,6 +270,16 @@ def check_hashes(snapshot: Snapshot, beat: Callable[[], None] = lambda: None) ->
         raise Damaged(what, hint=RESTORE)
 
 
+def harm_of(path: Path, *, content: bool = True, beat: Callable[[], None] = lambda: None) -> Iterator[str]:
+    """Name everything in a sealed folder that is not as it was sealed, an unreadable manifest too."""
+    try:
+        snapshot = read(path)
+    except Damaged as exc:
+        yield exc.message
+        return
+    yield from differences(snapshot, lambda _name, _bytes: beat(), content=content)
+
+
 def differences(
     snapshot: Snapshot, beat: Callable[[str, int], None] = lambda _name, _bytes: None, *, content: bool = True
 ) -> Iterator[str]:

@@ -72,6 +72,7 @@ def check_served(merge: Merge) -> list[Path]:
     Gives the other versions, which are checked while there is nothing else to do.
     """
     started = time.monotonic()
+    recovery.drop_damaged(merge, content=True)
     wanted = {merge.head.path, snapshots.current(merge.store) or merge.head.path}
     for path in sorted(wanted):
         snapshots.check_hashes(snapshots.read(path), merge.engine.beat)
@@ -96,7 +97,7 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
     except (Damaged, DiskFails) as exc:
         if path.is_dir():  # else it was collected meanwhile
             marked[version] = exc.message
-    recovery.mark_damaged(merge, marked)
+    collect.mark_damaged(merge, marked)
     return True
 
 

@@ -55,7 +55,7 @@ class Judge:
             return seen[0].refused, seen[0].waiting_for
         into = self._empty("inbox")
         try:
-            source.fetch(seen[0].name, seen[0].revision, into)
+            source.fetch(seen[0].name, seen[0].revision, into, lambda _size: None)
             self.fold(into)
         except Refused as exc:
             return exc.reason, exc.message

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import models
 import pytest
-from daemons import Site
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shops import Shop
 
+from streammerge import offline, reports, snapshots
 from streammerge.collect import spaced
+from streammerge.errors import StreammergeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,22 +71,31 @@ def test_any_history_leaves_few_versions_and_what_short_replays_need(
         versions = kept
 
 
-def test_gc_keeps_older_states_only_where_taking_out_replays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "versions", "most"), [("opcm", [4, 6, 8, 9], 5), ("average", [8, 9], 3)])
+def test_gc_keeps_older_states_only_where_taking_out_replays(
+    method: str, versions: list[int], most: int, tmp_path: Path
+) -> None:
     """By opcm, versions at doubling distances stay and shorten a retraction; by average, none does."""
-    for method, versions in (("opcm", [4, 6, 8, 9]), ("average", [8, 9])):
-        site = Site(tmp_path / method, method=method, keep=2, keep_spaced=2, grace="0s", replay_limit=4)
-        for number in range(1, 10):
-            site.publish(f"tune-{number}", number)
-        site.once()
-        assert site.versions() == versions
-        disk = site.ask("status")["disk"]
-        assert disk["full_store_bytes"] == disk["version_bytes"] * (5 if method == "opcm" else 3)
-        checked = site.ask("config", "check")["full_store_bytes"]
-        assert checked == pytest.approx(disk["full_store_bytes"], rel=0.05)
-        site.run("retract", "tune-5", "--yes")
-        assert site.served == [f"tune-{number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
-        failed = site.run("retract", "tune-1", "--yes", code=1 if method == "opcm" else 0)
-        assert ("replay_limit is 4" in failed.stderr) == (method == "opcm")
-        site.configure(keep_spaced=0)
-        site.run("gc")
-        assert len(site.versions()) == 2
+    shop = Shop(tmp_path / "shop", method, keep=2, keep_spaced=2, replay_limit=4)
+    for number in range(1, 10):
+        models.make_fine_tune(shop.root / "fine-tunes" / f"tune-{number}", shop.base, seed=number)
+    shop.work()
+    assert numbers(shop) == versions
+    store, ledger = reports.open_for_reading(shop.config)
+    disk = reports.status(shop.config, store, ledger)["disk"]
+    assert (disk["full_store_versions"], disk["full_store_bytes"]) == (most, most * disk["version_bytes"])
+    assert offline.check(shop.config)["full_store_bytes"] == pytest.approx(disk["full_store_bytes"], rel=0.05)
+    ledger.close()
+    shop.do("retract", name="tune-5")
+    assert [entry["name"][5:] for entry in shop.manifest["fine_tunes"]] == list("12346789")
+    if method == "opcm":
+        with pytest.raises(StreammergeError, match="replay_limit is 4"):
+            shop.do("retract", name="tune-1")
+    shop.configure(keep_spaced=0)
+    shop.do("gc")
+    assert len(numbers(shop)) == 2
+
+
+def numbers(shop: Shop) -> list[int]:
+    """Numbers of the versions on disk."""
+    return [int(path.name[:6]) for path in snapshots.folders(shop.config.store / "snapshots")]

@@ -20,10 +20,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import hubs
 import torch
-from daemons import Site
+from daemons import SOURCE, Site, free_port
 
 from faults import Findings
+from streammerge.devhub import DevHub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +76,7 @@ class Field:
     root: Path
     seed: int
     has_daemon: bool = True
+    only: Sequence[list[str]] = ()
     differences: list[str] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
     published: int = 0
@@ -88,7 +91,9 @@ class Field:
         hook = self.site.program(
             "hook.sh", "sleep 0.2; test $(($(date +%N | tail -c 3 | sed s/^0*//) % 5)) != 0"
         )
+        self.hub = DevHub(self.root / "hub", listen=("127.0.0.1", free_port()), seed=self.seed)
         self.site.configure(
+            sources=[SOURCE, {**hubs.SOURCE, "endpoint": self.hub.url, "poll": "2s"}],
             gates=[{"name": "slow", "type": "command", "argv": [gate], "limits": {"good": {"min": 0}}}],
             targets=[{"name": "hook", "type": "exec", "argv": [hook]}],
         )
@@ -98,11 +103,13 @@ class Field:
     def fire(self, seconds: float) -> None:
         """Command for so long, then look at what is left."""
         self.publish()
-        self.site.once(code=None)  # 75 where the target says no
         try:
             with contextlib.ExitStack() as stack:
-                if self.has_daemon:
-                    stack.enter_context(self.site.daemon())
+                stack.enter_context(self.hub)
+                self.hub.fault("/resolve/", "slow", probability=0.5, seconds=1.5)
+                self.hub.fault("/resolve/", "cut", probability=0.1)
+                self.site.once(code=None)  # 75 where the target says no
+                running = stack.enter_context(self.site.daemon()) if self.has_daemon else None
                 shells = [threading.Thread(target=self.shell, args=(n,)) for n in range(SHELLS)]
                 for shell in shells:
                     shell.start()
@@ -113,15 +120,21 @@ class Field:
                 self.over.set()
                 for shell in shells:
                     shell.join()
+                self.hub.faults.clear()
+                if running:
+                    running.stop()
+                self.settle()
         except AssertionError as exc:
             self.differences.append(f"the daemon: {exc}")
-        self.settle()
 
     def publish(self) -> None:
         """Let one more come in, under a new name or as a new revision."""
         self.published += 1
-        name = f"tune-{self.random.choice([self.published, self.random.randint(1, self.published)])}"
-        self.site.publish(name, self.published)
+        number = self.random.choice([self.published, self.random.randint(1, self.published)])
+        if self.published % 3:
+            self.site.publish(f"tune-{number}", self.published)
+        else:
+            self.hub.publish(f"org/tune-{number}", hubs.files_of(hubs.delta(self.site.base, self.published)))
 
     # The shells
 
@@ -144,7 +157,10 @@ class Field:
 
     def command(self, chance: random.Random) -> list[str]:
         """Choose what to type."""
-        name = f"tune-{chance.randint(1, self.published)}"
+        if self.only:
+            words = chance.choice(self.only)
+            return [str(self.root / "backup") if word == "BACKUP" else word for word in words]
+        name = f"{chance.choice(['', '', 'org/'])}tune-{chance.randint(1, self.published)}"
         version = str(chance.randint(0, max(self.numbers(), default=0)))
         choices: Sequence[tuple[int, list[str]]] = (
             (3, ["rollback", "--yes"]), (3, ["rollback", version, "--yes"]), (5, ["resume"]), (2, ["hold"]),

@@ -14,13 +14,13 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import models
-from test_crash import Ended, ended
 
 from faults import Findings
 from faults.disk import COMPILER, Disk
+from faults.ends import Ended, ended
 from faults.forks import ForkedSite, Forks
 from faults.order import breaches
 
@@ -121,7 +121,7 @@ class Journey:
         wrong += [] if code == 0 else [f"it ends with {code} on a disk that works: {said[-300:]}"]
         wrong += breaches(self.disk.log(), self.site.store, is_faulted=True)
         if code == 0:
-            wrong += differences(self.after[number], self.end())
+            wrong += self.after[number].differences(self.end())
         return failed, wrong
 
     def judged(self, code: int, said: str) -> list[str]:
@@ -150,22 +150,6 @@ def half(store: Path) -> Iterator[str]:
     current = store / "current"
     if current.is_symlink() and not (current / "manifest.json").is_file():
         yield f"current leads to {current.readlink()}, which is not there"
-
-
-def differences(expected: Ended, found: Ended) -> list[str]:
-    """Say in what two ends differ."""
-    return [
-        f"{name}: {sorted(_parts(getattr(found, name)) ^ _parts(getattr(expected, name)))}"
-        for name in expected.__dataclass_fields__
-        if getattr(expected, name) != getattr(found, name)
-    ]
-
-
-def _parts(value: Any) -> set[str]:
-    """What a value consists of, so that two can be compared part by part."""
-    if isinstance(value, dict):
-        return {f"{key}: {part}" for key, part in value.items()}
-    return set(map(str, value)) if isinstance(value, list) else {str(value)}
 
 
 def pattern(call: Call, root: Path) -> tuple[str, str]:
