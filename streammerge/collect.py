@@ -46,11 +46,12 @@ def tidy(merge: Merge) -> list[str]:
 
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
-    rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-    keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
-    for folder in merge.store.inbox.iterdir():
-        if folder.name not in keep and not folder.name.endswith(".part"):
-            files.remove_tree(folder)
+    with merge.turn:
+        rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
+        keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
+        for folder in merge.store.inbox.iterdir():
+            if folder.is_dir() and folder.name not in keep and not folder.name.endswith(".part"):
+                files.remove_tree(folder)
 
 
 def is_archived(merge: Merge, row: Row) -> bool:
