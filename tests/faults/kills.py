@@ -44,8 +44,8 @@ SHORT = (
 )  # pass every step
 WHERE = (
     "A step is killed at up to its third passing. Which steps and effects an operation has is what its "
-    "undisturbed run had; an effect is a change of the file system, by the interpreter's audit events, or a "
-    "commit of the ledger."
+    "undisturbed run had; an effect is a change of the file system or the start of a program, by the "
+    "interpreter's audit events, or a commit of the ledger."
 )
 COMPARED = (
     "Compared: every byte and mode in the store, every row of the ledger without times, where `current` "
