@@ -5,95 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import models
 import pytest
 import torch
 from daemons import Site, until
+from faults.retracts import NAMES, TOLERANCE, Shop, distance, retracted, tolerance
 from rich.console import Console
 
-from streammerge import files, methods, once, rebuild, snapshots
-from streammerge.config import Config
+from streammerge import methods, once, rebuild
 from streammerge.errors import StreammergeError
-from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
-
-    from torch import Tensor
-
-NAMES = ("ant", "bee", "cat", "dog")
-TOLERANCE = 1e-5  # of the merged delta, for what is subtracted in float32
-OWN_TOLERANCE = {"regmean": 1e-4, "wudi": 1e-5}
-
-
-def knobs_of(method: str) -> dict[str, Any]:
-    """Knobs without which fine-tunes without sidecars are refused."""
-    return {"missing": "uniform"} if methods.sidecar(method) else {}
-
-
-class Shop:
-    """A store in this process, worked off by `run --once`."""
-
-    def __init__(self, root: Path, method: str, **keys: Any) -> None:
-        """Publish nothing yet."""
-        self.root = root
-        root.mkdir()
-        self.base = models.make_base(root / "base")
-        (root / "fine-tunes").mkdir()
-        source = {"name": "team", "type": "directory", "path": root / "fine-tunes", "settle": 0}
-        given = {"archive": "keep", "keep": 2, "grace": 0, **keys}
-        told = {"base": root / "base", "store": root / "store", "device": "cpu", "threads": 1, **given}
-        self.config = Config.model_validate(
-            {**told, "method": method, "knobs": knobs_of(method), "sources": [source]}
-        )
-
-    def publish(self, names: Sequence[str]) -> None:
-        """Fold these, one after another."""
-        for name in names:
-            models.make_fine_tune(self.root / "fine-tunes" / name, self.base, seed=10 + NAMES.index(name[:3]))
-            once.run_once(self.config)
-
-    def do(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """Execute one command as the command line would without a daemon."""
-        return obey(self.config, verb, arguments)
-
-    @property
-    def model(self) -> dict[str, Tensor]:
-        """What is served."""
-        return models.load(self.root / "store" / "current" / "model" / "model.safetensors")
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """How it came about."""
-        return dict(json.loads((self.root / "store" / "current" / "manifest.json").read_bytes()))
-
-
-def obey(config: Config, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Leave a command in the ledger, have it executed, give its answer."""
-    store = snapshots.Store(config.store)
-    ledger = Ledger(store.ledger)
-    number = ledger.ask(verb, arguments)
-    with files.locked(store.lock):
-        once.obey_once(config)
-    row = ledger.row("select * from commands where id = ?", number)
-    ledger.close()
-    assert row is not None
-    result = json.loads(row["result"])
-    if row["state"] == "failed":
-        raise StreammergeError(result["error"], hint=result["hint"])
-    return dict(result)
-
-
-def distance(got: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]) -> float:
-    """||got - expected|| / ||expected - base||."""
-    floating = [name for name in base if base[name].is_floating_point()]
-    error = sum(float((got[n].double() - expected[n].double()).square().sum()) for n in floating)
-    return float(
-        (error / sum(float((expected[n] - base[n]).double().square().sum()) for n in floating)) ** 0.5
-    )
 
 
 @pytest.mark.parametrize(
@@ -102,15 +27,8 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str
 )
 def test_retracted_equals_never_folded(method: str, name: str, tmp_path: Path) -> None:
     """The model is what the others alone give; bit for bit where it is replayed."""
-    shop, never = Shop(tmp_path / "shop", method), Shop(tmp_path / "never", method)
-    shop.publish(NAMES)
-    never.publish([other for other in NAMES if other != name])
-    assert shop.do("retract", name=name)["state"] == "retracted"
-    if methods.can_unfold(method, shop.config.knobs):
-        tolerance = OWN_TOLERANCE.get(method, TOLERANCE)
-        assert distance(shop.model, never.model, shop.base) <= tolerance
-    else:
-        assert all(torch.equal(values, never.model[n]) for n, values in shop.model.items())
+    shop, never, far = retracted(tmp_path, method, name)
+    assert far <= tolerance(method)
     for key in ("count", "mean_delta_norm", "max_delta_norm", "state_norm"):
         assert shop.manifest["totals"][key] == pytest.approx(never.manifest["totals"][key], rel=1e-5), key
     assert [entry["name"] for entry in shop.manifest["fine_tunes"]] == [n for n in NAMES if n != name]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from daemons import Facts, Site, until
 
-from faults import Findings, rollbacks
+from faults import Findings, retracts, rollbacks
 from faults.ends import account, ended
 from faults.operations import OPERATIONS, Operation
 from faults.processes import KILLED, Blow, Done, Process, run
@@ -333,6 +333,8 @@ def measure(work: Path, scale: str) -> Findings:
         "Processes are forked from one that has imported streammerge, and killed by a real SIGKILL.",
     ]
     rollbacks.add_to(findings, work, scale)
+    if is_full:
+        retracts.add_to(findings, work)
     return findings
 
 
