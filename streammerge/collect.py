@@ -64,13 +64,14 @@ def mark_damaged(merge: Merge, damaged: dict[str, str]) -> None:
 
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
-    rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-    keep = {
-        str(row["id"]) for row in rows if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
-    } | merge.needed
-    for folder in merge.store.inbox.iterdir():
-        if folder.name not in keep and not folder.name.endswith(".part"):
-            files.remove_tree(folder)
+    inbox = merge.store.inbox
+    with merge.turn:
+        rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
+        wanted = {str(row["id"]) for row in rows if is_archived(merge.config, row, inbox / str(row["id"]))}
+        for folder in inbox.iterdir():
+            is_wanted = folder.name in wanted | merge.needed or folder.name.endswith(".part")
+            if folder.is_dir() and not is_wanted:
+                files.remove_tree(folder)
 
 
 def is_archived(config: Config, row: Row, folder: Path) -> bool:

@@ -11,29 +11,15 @@ import models
 import pytest
 import torch
 from daemons import Site, until
+from faults.retracts import TOLERANCE, distance, retracted, tolerance
 from rich.console import Console
-from shops import Shop
+from shops import NAMES, Shop
 
 from streammerge import methods, once, rebuild
 from streammerge.errors import StreammergeError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import Tensor
-
-NAMES = ("ant", "bee", "cat", "dog")
-TOLERANCE = 1e-5  # of the merged delta, for what is subtracted in float32
-OWN_TOLERANCE = {"regmean": 1e-4, "wudi": 1e-5}
-
-
-def distance(got: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]) -> float:
-    """||got - expected|| / ||expected - base||."""
-    floating = [name for name in base if base[name].is_floating_point()]
-    error = sum(float((got[n].double() - expected[n].double()).square().sum()) for n in floating)
-    return float(
-        (error / sum(float((expected[n] - base[n]).double().square().sum()) for n in floating)) ** 0.5
-    )
 
 
 @pytest.mark.parametrize(
@@ -42,15 +28,8 @@ def distance(got: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str
 )
 def test_retracted_equals_never_folded(method: str, name: str, tmp_path: Path) -> None:
     """The model is what the others alone give; bit for bit where it is replayed."""
-    shop, never = Shop(tmp_path / "shop", method), Shop(tmp_path / "never", method)
-    shop.publish(NAMES)
-    never.publish([other for other in NAMES if other != name])
-    assert shop.do("retract", name=name)["state"] == "retracted"
-    if methods.can_unfold(method, shop.config.knobs):
-        tolerance = OWN_TOLERANCE.get(method, TOLERANCE)
-        assert distance(shop.model, never.model, shop.base) <= tolerance
-    else:
-        assert all(torch.equal(values, never.model[n]) for n, values in shop.model.items())
+    shop, never, far = retracted(tmp_path, method, name)
+    assert far <= tolerance(method)
     for key in ("count", "mean_delta_norm", "max_delta_norm", "state_norm"):
         assert shop.manifest["totals"][key] == pytest.approx(never.manifest["totals"][key], rel=1e-5), key
     assert [entry["name"] for entry in shop.manifest["fine_tunes"]] == [n for n in NAMES if n != name]

@@ -58,6 +58,16 @@ def opened(path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------- sealing
 
 
+def test_a_folder_never_has_another_mode(tmp_path: Path) -> None:
+    """A folder that a kill left under its temporary name is gone on from, with the mode that it must have."""
+    made = Store(tmp_path / "store")
+    left = tmp_path / "store" / ".inbox.tmp"
+    left.mkdir(parents=True, mode=0o755)
+    made.create()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.root.iterdir()}
+    assert modes == {"snapshots": 0o755, "inbox": 0o700, "candidates": 0o700}
+
+
 def test_a_sealed_folder_is_read_only(store: Store) -> None:
     """Every folder of a sealed version is 0555 and every file 0444, as candidate and once accepted."""
     snapshot = sealed(store)

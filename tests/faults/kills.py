@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from daemons import Facts, Site, until
 
-from faults import Findings, rollbacks
+from faults import Findings, retracts, rollbacks
 from faults.ends import account, ended
 from faults.operations import OPERATIONS, Operation
 from faults.processes import KILLED, Blow, Done, Process, run
@@ -44,8 +44,8 @@ SHORT = (
 )  # pass every step
 WHERE = (
     "A step is killed at up to its third passing. Which steps and effects an operation has is what its "
-    "undisturbed run had; an effect is a change of the file system, by the interpreter's audit events, or a "
-    "commit of the ledger."
+    "undisturbed run had; an effect is a change of the file system or the start of a program, by the "
+    "interpreter's audit events, or a commit of the ledger."
 )
 COMPARED = (
     "Compared: every byte and mode in the store, every row of the ledger without times, where `current` "
@@ -333,6 +333,8 @@ def measure(work: Path, scale: str) -> Findings:
         "Processes are forked from one that has imported streammerge, and killed by a real SIGKILL.",
     ]
     rollbacks.add_to(findings, work, scale)
+    if is_full:
+        retracts.add_to(findings, work)
     return findings
 
 

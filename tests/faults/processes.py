@@ -2,8 +2,8 @@
 
 Everything after the imports is as in `python -m streammerge`, which the start of Python and torch would make
 ten times slower: the command line's `main` in a process of its own, with its own environment and standard
-error. A process can be told to end itself by SIGKILL right before its nth effect, where an effect is what the
-interpreter's own audit events tell of the file system, or a commit of the ledger.
+error. A process can be told to end itself by SIGKILL right before its nth effect: a change of the file system
+or the start of a program, as the interpreter's own audit events tell them, or a commit of the ledger.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _live(arguments: list[str], log: Path, root: Path, blow: Blow) -> None:
 
 
 class Effects:
-    """Counts a process's effects below a folder, and ends it before one of them."""
+    """Counts a process's effects, those on files below a folder alone, and ends it before one of them."""
 
     def __init__(self, root: Path, last: int) -> None:
         """`last` is 0 for a process that may live."""
@@ -163,6 +163,9 @@ class Effects:
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Every other chmod of a row of them is passed over: a sealed folder has one for each file."""
+        if event == "subprocess.Popen":
+            self._one()
+            return
         if event == "open":
             is_one = bool(isinstance(arguments[2], int) and arguments[2] & FOR_WRITING)
         else:
