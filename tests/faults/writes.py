@@ -12,12 +12,13 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import models
-from test_crash import Ended, ended
 
 from faults import Findings
 from faults.disk import COMPILER, Disk
@@ -42,6 +43,9 @@ ARRIVES = {"later": 1}  # before which step; all others are there from the begin
 ERRORS = (errno.ENOSPC, errno.EIO)
 AGAIN = 3  # how often the same command may have to be typed
 ALLOWED = (0, 75)  # it worked all the same; try again
+TABLES = ("fine_tunes", "snapshots", "promotions", "outbox", "denied", "facts", "sightings")
+OWN = re.compile(r"_at$|^at$|^attempts$|^id$|^promotion$|^error$")  # of the way, not of the end
+SINCE = re.compile(r', "since": [0-9.]+')
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Journey:
     work: Path
     site: ForkedSite
     disk: Disk
-    after: list[Ended] = field(default_factory=list)
+    after: list[Left] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
     def undisturbed(self) -> None:
@@ -70,10 +74,10 @@ class Journey:
             self.after.append(self.end())
             self.restore(number + 1)
 
-    def end(self) -> Ended:
+    def end(self) -> Left:
         """What is left once collecting, which a fault may have put off, has been done."""
         self.site.run("gc")
-        return ended(self.site)
+        return left(self.site.store)
 
     def step(self, number: int, code: int | None = None) -> tuple[int, str]:
         """Type one command; gives its exit code and what it said."""
@@ -152,7 +156,53 @@ def half(store: Path) -> Iterator[str]:
         yield f"current leads to {current.readlink()}, which is not there"
 
 
-def differences(expected: Ended, found: Ended) -> list[str]:
+@dataclass(frozen=True)
+class Left:
+    """What a journey leaves that must not depend on what failed, read without the product's own code.
+
+    bytes      path below the store -> sha256, of all that is sealed or fetched
+    served     where `current` leads
+    ledger     table -> its rows; times, attempts and row numbers aside
+    """
+
+    bytes: dict[str, str]
+    served: str
+    ledger: dict[str, list[str]]
+
+
+def left(store: Path) -> Left:
+    """Read what there is; a promotion that was asked for twice counts once."""
+    sealed = [path for part in ("snapshots", "candidates", "inbox") for path in (store / part).rglob("*")]
+    with closing(sqlite3.connect(f"file:{store / 'ledger.db'}?mode=ro", uri=True)) as ledger:
+        return Left(
+            {
+                str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(sealed)
+                if path.is_file()
+            },
+            str((store / "current").readlink()),
+            {table: rows_of(ledger, table) for table in TABLES},
+        )
+
+
+def rows_of(ledger: sqlite3.Connection, table: str) -> list[str]:
+    """Write down the rows of a table, without what no two runs have in common."""
+    found = ledger.execute(f"select * from {table} order by 1")
+    names = [column[0] for column in found.description]
+    rows = [
+        json.dumps(
+            {
+                name: SINCE.sub("", str(value))
+                for name, value in zip(names, row, strict=True)
+                if not OWN.search(name)
+            }
+        )
+        for row in found
+    ]
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
+def differences(expected: Left, found: Left) -> list[str]:
     """Say in what two ends differ."""
     return [
         f"{name}: {sorted(_parts(getattr(found, name)) ^ _parts(getattr(expected, name)))}"
