@@ -241,15 +241,20 @@ def begin(work: Path, forks: Forks, disk: Disk, root: Path) -> Journey:
     return Journey(work, site, disk)
 
 
-def chosen(journey: Journey, scale: str) -> Iterator[tuple[int, int]]:
-    """Give (step, call) for every call of the journey, or in the short form for one of each kind."""
-    seen: set[tuple[int, tuple[str, str]]] = set()
+def chosen(journey: Journey, scale: str) -> Iterator[tuple[int, int, bool]]:
+    """Give (step, call, whether the fault stays): every call once, and one of each kind with all after it.
+
+    In the short form only one of each kind, once.
+    """
+    seen: set[tuple[str, str]] = set()
     for step, calls in enumerate(journey.calls):
         for call in sorted(calls, key=lambda call: call.number):
-            kind = (0 if scale == "short" else call.number, pattern(call, journey.site.root))
+            kind = pattern(call, journey.site.root)
             if scale == "full" or kind not in seen:
-                seen.add(kind)
-                yield step, call.number
+                yield step, call.number, False
+            if scale == "full" and kind not in seen:
+                yield step, call.number, True
+            seen.add(kind)
 
 
 def measure(work: Path, scale: str) -> Findings:
@@ -266,15 +271,14 @@ def measure(work: Path, scale: str) -> Findings:
         findings.differences += breaches([c for calls in journey.calls for c in calls], journey.site.store)
         injected: Counter[str] = Counter()
         missed = 0
-        for step, call in chosen(journey, scale):
+        for step, call, stays in chosen(journey, scale):
             for error in ERRORS:
-                for stays in (False, True) if scale == "full" else (False,):
-                    failed, wrong = journey.disturbed(step, call, error, stays=stays)
-                    name = f"{errno.errorcode[error]}{', and all after it' if stays else ''}"
-                    injected[name] += failed
-                    missed += not failed
-                    where = f"{' '.join(STEPS[step])}, call {call}, {name}"
-                    findings.differences += [f"{where}: {difference}" for difference in wrong]
+                failed, wrong = journey.disturbed(step, call, error, stays=stays)
+                name = f"{errno.errorcode[error]}{', and all after it' if stays else ''}"
+                injected[name] += failed
+                missed += not failed
+                where = f"{' '.join(STEPS[step])}, call {call}, {name}"
+                findings.differences += [f"{where}: {difference}" for difference in wrong]
     findings.figures += [
         ("calls that change the disk, in one journey", f"{sum(map(len, journey.calls)):,}"),
         (
@@ -285,9 +289,12 @@ def measure(work: Path, scale: str) -> Findings:
         ("journeys that did not come to the call", f"{missed:,}"),
     ]
     findings.notes.append(
-        "Each call fails once in a journey of its own"
-        + (", and in another one so do all after it" if scale == "full" else ", one of each kind")
-        + "; then the same command is typed again on a disk that works, and all that is left is compared:"
+        (
+            "Each call fails once, in a journey of its own; one of each kind also with all calls after it."
+            if scale == "full"
+            else "One call of each kind fails once, in a journey of its own."
+        )
+        + " Then the same command is typed again on a disk that works, and all that is left is compared:"
         " every byte of every version, the ledger's rows, `current`, what the target confirmed."
     )
     return findings
