@@ -29,7 +29,7 @@ def bring_in(merge: Merge, row: Row, source: Source) -> Path:
         if not source.is_remote:
             files.remove_tree(part)
         part.mkdir(exist_ok=True)  # what a cut fetch left of the same revision is gone on from
-        with merge.metrics.stage("fetch"), machine.errors("fetching"):
+        with merge.metrics.stage("fetch"), machine.errors("fetching", merge.store.root):
             source.fetch(row["name"], row["revision"], part, partial(require_room, merge, part))
             reached("copied")
             files.fsync_tree(part)

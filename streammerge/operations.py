@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streammerge import collect, figures, files, pipeline, promote, reports, snapshots, unfinished
-from streammerge.errors import Damaged, Stopped, StreammergeError, TryAgain, Unable
+from streammerge.errors import Damaged, DiskFails, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.steps import reached
 
@@ -45,7 +45,7 @@ def work_off(merge: Merge, verbs: Collection[str]) -> int:
         try:
             result = execute(merge, row)
             log.info("command.done", verb=row["verb"], **result)
-        except (Damaged, Stopped, Unable):
+        except (Damaged, DiskFails, NoSpace, Stopped):
             raise
         except StreammergeError as exc:
             merge.ledger.answer(

@@ -111,7 +111,7 @@ def fold(merge: Merge, row: Row) -> Snapshot | None:
     """Steps 3 to 6: screen, fold, render and seal a candidate; None where a person is asked first."""
     ledger, store, config = merge.ledger, merge.store, merge.config
     head = merge.head
-    with merge.metrics.stage("fold"), machine.errors("folding"):
+    with merge.metrics.stage("fold"), machine.errors("folding", merge.store.root):
         inbox = published(store.inbox / str(row["id"]), row["name"])
         others = {
             r["digest"]
@@ -225,7 +225,7 @@ def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]])
     """Seal a candidate that follows head and holds `entries`, to whose state `way` leads."""
     with (
         merge.metrics.stage("fold"),
-        machine.errors("folding"),
+        machine.errors("folding", merge.store.root),
         under_construction(merge, head, way, "replaying") as (version, building),
     ):
         state, measured = replay.walk(merge, way, building, "state")
@@ -468,7 +468,7 @@ def require_space(merge: Merge, purpose: str) -> None:
 def first_version(merge: Merge) -> None:
     """Seal, gate and promote the base itself as version 0."""
     require_space(merge, "writing version 0")
-    with machine.errors("writing version 0"):
+    with machine.errors("writing version 0", merge.store.root):
         building = snapshots.begin(merge.store, 0)
         state = State(building / "state", {}, Totals())
         manifest, hashes = render(merge, state, [], None, 0, building)

@@ -56,7 +56,7 @@ def switch(merge: Merge) -> None:
     path = snapshots.by_version(merge.store, promotion["version"])
     assert path is not None, f"version {promotion['version']} was promoted but is not in snapshots/"
     reached("intended")
-    with machine.errors("switching current"):
+    with machine.errors("switching current", merge.store.root):
         snapshots.switch(merge.store, snapshots.read(path))
     reached("switched")
     at = now()

@@ -147,7 +147,7 @@ def make_store(config: Config, store: Store, engine: Engine) -> None:
         state_size = recipe.state_bytes(base.entries)
         if config.added is not None and (idle := idle_globs(base.entries, added)):
             log.warning("config.added_matches_nothing", globs=idle)
-    with machine.errors("making the store"):
+    with machine.errors("making the store", store.root):
         files.replace_file(
             store.settings, files.canonical_json(settings_of(config, recipe, norm, size, state_size))
         )

@@ -140,6 +140,7 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     """
     if operations.work_off(merge, operations.HEAVY):
         return True
+    unfinished.record_candidates(merge)
     unfinished.finish(merge)
     if not merge.held:
         conclude_open(merge)

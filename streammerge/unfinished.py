@@ -20,15 +20,14 @@ log = structlog.get_logger()
 
 
 def finish(merge: Merge) -> None:
-    """Finish all of it, while nothing else moves head or current."""
+    """Make head what was accepted, serve what was intended; for any thread, whatever the worker does."""
     with merge.turn:
-        record_candidates(merge)
         accept_trailing(merge)
         promote.switch(merge)
 
 
 def record_candidates(merge: Merge) -> None:
-    """A candidate that was sealed but not yet recorded: its row is added."""
+    """A candidate that was sealed but not yet recorded: its row is added. Only who seals may ask for it."""
     for path in snapshots.folders(merge.store.candidates):
         if merge.ledger.snapshot(int(path.name.split("-")[0])) is None:
             files.fsync_folder(merge.store.candidates)  # it may have been cut off before that

@@ -62,6 +62,14 @@ def test_every_name_is_durable_before_it_is_built_upon(tmp_path: Path) -> None:
     assert redundant == {("fdatasync", "store/ledger.db-journal")}, "the check does not see these missing"
 
 
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_kind_of_write_may_fail(tmp_path: Path) -> None:
+    """A call of each kind fails once, with ENOSPC and with EIO: what is left in the end is the same."""
+    assert writes.measure(tmp_path, "short").differences == []
+
+
 # ---------------------------------------------------------------------------------------- a disk without room
 
 
@@ -132,7 +140,7 @@ def test_a_disk_that_fills_up_during_a_fold_loses_nothing(tmp_path: Path, small_
 
 
 def test_what_is_fetched_does_not_take_the_room_of_its_fold(tmp_path: Path, small_disk: Path) -> None:
-    """Where a fine-tune would fit and its fold would not, not a byte is fetched; with room both are done."""
+    """Where a fine-tune would fit and its fold would not, not a byte is fetched."""
     site = Site(tmp_path / "site", reserve="1KB")
     site.once()
     site.publish("model", 1)
@@ -140,9 +148,6 @@ def test_what_is_fetched_does_not_take_the_room_of_its_fold(tmp_path: Path, smal
     site.configure(reserve=shutil.disk_usage(small_disk).free - 2 * size)
     assert "fetching" in site.once(code=75).stderr
     assert [path for path in (site.store / "inbox").rglob("*") if path.is_file()] == []
-    site.configure(reserve="1KB")
-    until(lambda: site.once(code=None).returncode == 0, "it is due again")
-    assert site.served == ["model"]
 
 
 # ------------------------------------------------------------------------------------------ a disk that fails
@@ -153,8 +158,10 @@ def test_what_is_fetched_does_not_take_the_room_of_its_fold(tmp_path: Path, smal
     ("error", "says", "metric"),
     [
         (errno.EIO, "Input/output error", "streammerge_disk_failing"),
-        (errno.EROFS, "Read-only file system", "streammerge_disk_failing"),
-        (errno.EDQUOT, "Disk quota exceeded", "streammerge_disk_full"),
+        pytest.param(
+            errno.EROFS, "Read-only file system", "streammerge_disk_failing", marks=pytest.mark.slow
+        ),
+        pytest.param(errno.EDQUOT, "Disk quota exceeded", "streammerge_disk_full", marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_disk_is_waited_out(site: Site, failing: Disk, error: int, says: str, metric: str) -> None:
@@ -232,7 +239,7 @@ def test_a_store_that_can_only_be_read_is_left_alone(tmp_path: Path, small_disk:
     site.publish("first", 1)
     site.once()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for arguments in (("run",), ("run", "--once"), ("rollback", "--yes")):
+    for arguments in (("run",), ("rollback", "--yes")):
         ended = site.run(*arguments, code=75)
         assert "Read-only file system" in ended.stderr
         assert "hint:" in ended.stderr
@@ -245,6 +252,7 @@ def test_a_store_that_can_only_be_read_is_left_alone(tmp_path: Path, small_disk:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_slow_disk_is_no_failure(site: Site, failing: Disk) -> None:
     """Where every write takes its time the worker shows signs of life, and the daemon is ready throughout."""
     with site.daemon(code=0, prefix=(), WATCHDOG_USEC="3000000", **failing.environment) as daemon:
@@ -269,28 +277,27 @@ def test_a_slow_disk_is_no_failure(site: Site, failing: Disk) -> None:
 def test_a_fold_without_memory_is_waited_out(tmp_path: Path) -> None:
     """Under a limit that a fold does not fit in the daemon lives and says why; when it is lifted it folds."""
     random = torch.Generator().manual_seed(0)
-    site = Site(tmp_path / "site", {"weight": torch.randn(2048, 2048, generator=random) / 32})
+    site = Site(tmp_path / "site", {"weight": torch.randn(1024, 1024, generator=random) / 32})
     with site.daemon() as daemon:
-        site.publish("first", 1, only=())  # refused as a zero delta: all that is needed once is there
-        site.publish("second", 2)
-        daemon.until_state(second="folded")
+        site.publish("first", 1)
+        daemon.until_state(first="folded")
         limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_DATA)
         used = memory_of(daemon.process.pid)
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_DATA, (used + (4 << 20), limits[1]))
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_DATA, (used + (2 << 20), limits[1]))
         threads = len(list(threads_of(daemon.process.pid)))
-        site.publish("third", 3)
+        site.publish("second", 2)
         until(lambda: daemon.get("/readyz")[0] == 503, "not ready")
         assert "memory" in daemon.get("/readyz")[1]
         assert daemon.metric("streammerge_memory_short") == 1
         assert daemon.get("/healthz")[0] == 200
-        assert site.served == ["second"]
+        assert site.served == ["first"]
         assert not list((site.store / "candidates").iterdir())
         resource.prlimit(daemon.process.pid, resource.RLIMIT_DATA, limits)
-        daemon.until_state(third="folded")
+        daemon.until_state(second="folded")
         until(lambda: daemon.get("/readyz")[0] == 200, "ready again")
         assert daemon.metric("streammerge_memory_short") == 0
         assert len(list(threads_of(daemon.process.pid))) >= threads
-    assert site.served == ["second", "third"]
+    assert site.served == ["first", "second"]
     site.run("verify")
 
 

@@ -12,15 +12,16 @@ import hashlib
 import json
 import re
 import shutil
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import models
 
 from faults import Findings
 from faults.disk import COMPILER, Disk
-from faults.ends import Ended, ended
 from faults.forks import ForkedSite, Forks
 from faults.order import breaches
 
@@ -42,6 +43,9 @@ ARRIVES = {"later": 1}  # before which step; all others are there from the begin
 ERRORS = (errno.ENOSPC, errno.EIO)
 AGAIN = 3  # how often the same command may have to be typed
 ALLOWED = (0, 75)  # it worked all the same; try again
+TABLES = ("fine_tunes", "snapshots", "promotions", "outbox", "denied", "facts", "sightings")
+OWN = re.compile(r"_at$|^at$|^attempts$|^id$|^promotion$|^error$")  # of the way, not of the end
+SINCE = re.compile(r', "since": [0-9.]+')
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Journey:
     work: Path
     site: ForkedSite
     disk: Disk
-    after: list[Ended] = field(default_factory=list)
+    after: list[Left] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
     def undisturbed(self) -> None:
@@ -70,10 +74,10 @@ class Journey:
             self.after.append(self.end())
             self.restore(number + 1)
 
-    def end(self) -> Ended:
+    def end(self) -> Left:
         """What is left once collecting, which a fault may have put off, has been done."""
         self.site.run("gc")
-        return ended(self.site)
+        return left(self.site.store)
 
     def step(self, number: int, code: int | None = None) -> tuple[int, str]:
         """Type one command; gives its exit code and what it said."""
@@ -121,7 +125,7 @@ class Journey:
         wrong += [] if code == 0 else [f"it ends with {code} on a disk that works: {said[-300:]}"]
         wrong += breaches(self.disk.log(), self.site.store, is_faulted=True)
         if code == 0:
-            wrong += self.after[number].differences(self.end())
+            wrong += differences(self.after[number], self.end())
         return failed, wrong
 
     def judged(self, code: int, said: str) -> list[str]:
@@ -152,6 +156,68 @@ def half(store: Path) -> Iterator[str]:
         yield f"current leads to {current.readlink()}, which is not there"
 
 
+@dataclass(frozen=True)
+class Left:
+    """What a journey leaves that must not depend on what failed, read without the product's own code.
+
+    bytes      path below the store -> sha256, of all that is sealed or fetched
+    served     where `current` leads
+    ledger     table -> its rows; times, attempts and row numbers aside
+    """
+
+    bytes: dict[str, str]
+    served: str
+    ledger: dict[str, list[str]]
+
+
+def left(store: Path) -> Left:
+    """Read what there is; a promotion that was asked for twice counts once."""
+    sealed = [path for part in ("snapshots", "candidates", "inbox") for path in (store / part).rglob("*")]
+    with closing(sqlite3.connect(f"file:{store / 'ledger.db'}?mode=ro", uri=True)) as ledger:
+        return Left(
+            {
+                str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(sealed)
+                if path.is_file()
+            },
+            str((store / "current").readlink()),
+            {table: rows_of(ledger, table) for table in TABLES},
+        )
+
+
+def rows_of(ledger: sqlite3.Connection, table: str) -> list[str]:
+    """Write down the rows of a table, without what no two runs have in common."""
+    found = ledger.execute(f"select * from {table} order by 1")
+    names = [column[0] for column in found.description]
+    rows = [
+        json.dumps(
+            {
+                name: SINCE.sub("", str(value))
+                for name, value in zip(names, row, strict=True)
+                if not OWN.search(name)
+            }
+        )
+        for row in found
+    ]
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
+def differences(expected: Left, found: Left) -> list[str]:
+    """Say in what two ends differ."""
+    return [
+        f"{name}: {sorted(_parts(getattr(found, name)) ^ _parts(getattr(expected, name)))}"
+        for name in expected.__dataclass_fields__
+        if getattr(expected, name) != getattr(found, name)
+    ]
+
+
+def _parts(value: Any) -> set[str]:
+    """What a value consists of, so that two can be compared part by part."""
+    if isinstance(value, dict):
+        return {f"{key}: {part}" for key, part in value.items()}
+    return set(map(str, value)) if isinstance(value, list) else {str(value)}
+
+
 def pattern(call: Call, root: Path) -> tuple[str, str]:
     """A call's kind and the kind of its path: numbers, digests and hidden prefixes aside."""
     path = call.path.relative_to(root).as_posix()
@@ -175,15 +241,20 @@ def begin(work: Path, forks: Forks, disk: Disk, root: Path) -> Journey:
     return Journey(work, site, disk)
 
 
-def chosen(journey: Journey, scale: str) -> Iterator[tuple[int, int]]:
-    """Give (step, call) for every call of the journey, or in the short form for one of each kind."""
-    seen: set[tuple[int, tuple[str, str]]] = set()
+def chosen(journey: Journey, scale: str) -> Iterator[tuple[int, int, bool]]:
+    """Give (step, call, whether the fault stays): every call once, and one of each kind with all after it.
+
+    In the short form only one of each kind, once.
+    """
+    seen: set[tuple[str, str]] = set()
     for step, calls in enumerate(journey.calls):
         for call in sorted(calls, key=lambda call: call.number):
-            kind = (0 if scale == "short" else call.number, pattern(call, journey.site.root))
+            kind = pattern(call, journey.site.root)
             if scale == "full" or kind not in seen:
-                seen.add(kind)
-                yield step, call.number
+                yield step, call.number, False
+            if scale == "full" and kind not in seen:
+                yield step, call.number, True
+            seen.add(kind)
 
 
 def measure(work: Path, scale: str) -> Findings:
@@ -200,15 +271,14 @@ def measure(work: Path, scale: str) -> Findings:
         findings.differences += breaches([c for calls in journey.calls for c in calls], journey.site.store)
         injected: Counter[str] = Counter()
         missed = 0
-        for step, call in chosen(journey, scale):
+        for step, call, stays in chosen(journey, scale):
             for error in ERRORS:
-                for stays in (False, True) if scale == "full" else (False,):
-                    failed, wrong = journey.disturbed(step, call, error, stays=stays)
-                    name = f"{errno.errorcode[error]}{', and all after it' if stays else ''}"
-                    injected[name] += failed
-                    missed += not failed
-                    where = f"{' '.join(STEPS[step])}, call {call}, {name}"
-                    findings.differences += [f"{where}: {difference}" for difference in wrong]
+                failed, wrong = journey.disturbed(step, call, error, stays=stays)
+                name = f"{errno.errorcode[error]}{', and all after it' if stays else ''}"
+                injected[name] += failed
+                missed += not failed
+                where = f"{' '.join(STEPS[step])}, call {call}, {name}"
+                findings.differences += [f"{where}: {difference}" for difference in wrong]
     findings.figures += [
         ("calls that change the disk, in one journey", f"{sum(map(len, journey.calls)):,}"),
         (
@@ -219,9 +289,12 @@ def measure(work: Path, scale: str) -> Findings:
         ("journeys that did not come to the call", f"{missed:,}"),
     ]
     findings.notes.append(
-        "Each call fails once in a journey of its own"
-        + (", and in another one so do all after it" if scale == "full" else ", one of each kind")
-        + "; then the same command is typed again on a disk that works, and all that is left is compared:"
+        (
+            "Each call fails once, in a journey of its own; one of each kind also with all calls after it."
+            if scale == "full"
+            else "One call of each kind fails once, in a journey of its own."
+        )
+        + " Then the same command is typed again on a disk that works, and all that is left is compared:"
         " every byte of every version, the ledger's rows, `current`, what the target confirmed."
     )
     return findings
