@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from streammerge.hubfacts import File, Repo
 
 MAX_JSON_BYTES = 64 << 20
+MAX_PAGES = 1000  # of a thousand repositories each
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 4
 SAME_WRONG_CONTENT = 3  # so often in a row, and it is the place that has it wrong, not the way here
@@ -112,7 +113,7 @@ class Hub:
             ("limit", "1000"),
             *(("expand", field) for field in wanted),
         ]
-        while url:
+        for _ in range(MAX_PAGES):
             found, links = self._json("GET", url, params=params)
             if not isinstance(found, list):
                 raise _nonsense(url)
@@ -120,7 +121,10 @@ class Hub:
             following = links.get("next", {}).get("url", "")
             if following and not following.startswith(self.endpoint + "/"):
                 raise _nonsense(url)
+            if not following:
+                return
             url, params = following, None
+        raise TryAgain(f"{self.endpoint}: a listing of {MAX_PAGES:,} pages does not end", hint=ROUTE)
 
     def repo(self, repo: str, revision: str = "main") -> Repo:
         """Ask for one repository at a branch, tag or commit, with its files; Withheld if it is gone."""

@@ -393,6 +393,25 @@ def _adapter(
     return lay
 
 
+STEM = SQUARE.removesuffix(".weight")
+
+
+def _alone(name: str, *shape: int) -> Callable[..., None]:
+    """An adapter that holds one tensor."""
+    return _adapter(adapter_config(), lambda _good: {f"base_model.model.{name}": torch.ones(*shape)})
+
+
+def _pair(module: str, inner: int, out: int, **more: int) -> Callable[..., None]:
+    """An adapter of one module, with vectors besides."""
+    shapes = {
+        ".lora_A.weight": (4, inner),
+        ".lora_B.weight": (out, 4),
+        **{n: (size,) for n, size in more.items()},
+    }
+    made = {f"base_model.model.{module}{end}": torch.ones(*shape) for end, shape in shapes.items()}
+    return _adapter(adapter_config(), lambda _good: made)
+
+
 def _index(content: bytes) -> Callable[..., None]:
     def lay(place: Path, base: Mapping[str, Tensor]) -> None:
         models.save(place, tuned(base, seed_of(place)), shards=2)
@@ -594,6 +613,23 @@ FOLDERS: dict[str, Attack] = {
     ),
     "adapter-zero": Attack(
         "zero-delta", _adapter(adapter_config(), lambda t: {n: torch.zeros_like(v) for n, v in t.items()})
+    ),
+    "adapter-of-integers": Attack("unsupported-dtype", _alone(models.BUFFER, 1, 12)),
+    "adapter-of-a-vector": Attack("unsupported-adapter", _pair("model.norm", 16, 1)),
+    "adapter-bias-of-nothing": Attack("malformed", _alone("model.layers.0.up_proj.lora_B.bias", 48)),
+    "adapter-magnitude-of-nothing": Attack("malformed", _alone(STEM + ".lora_magnitude_vector", 16)),
+    "adapter-magnitude-too-short": Attack(
+        "wrong-shape", _pair(STEM, 16, 16, **{".lora_magnitude_vector": 5})
+    ),
+    "adapter-magnitude-of-embedding": Attack(
+        "unsupported-adapter", _pair("model.embed_tokens", 16, 40, **{".lora_magnitude_vector": 40})
+    ),
+    "adapter-twice": Attack(
+        "malformed",
+        _adapter(
+            adapter_config(),
+            lambda t: {**t, **{n.removeprefix("base_model.model."): v.clone() for n, v in t.items()}},
+        ),
     ),
     "adapter-one-factor": Attack(
         "malformed", _adapter(adapter_config(), lambda t: dict(list(t.items())[:1]))

@@ -379,7 +379,11 @@ PARSERS: dict[str, Parser] = {
     "adapter settings": Parser(
         feed_adapter_settings, near(ADAPTER), [encoded(ADAPTER), *(c for _, c in attacks.ADAPTERS.values())]
     ),
-    "adapter weights": Parser(feed_adapter_weights, factor_files(), [attacks.file({}), b"PK"]),
+    "adapter weights": Parser(
+        feed_adapter_weights,
+        factor_files(),
+        [save(attacks.factors({models.SQUARE: torch.empty(16, 16)})), attacks.file({}), b"PK"],
+    ),
     "values": Parser(feed_values, st.binary(min_size=2, max_size=8), [bytes(8), b"\0\0" + b"\xff" * 6]),
     "mark": Parser(feed_mark, near({"version": 1}), [b"{}", attacks.DEEP]),
     "webhook": Parser(feed_webhook, near(HOOK), [encoded(HOOK), attacks.DEEP, b"", b"9" * 5000]),

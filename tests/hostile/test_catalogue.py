@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import models
@@ -16,6 +17,18 @@ from streammerge import screen
 
 MAX_MESSAGE_CHARACTERS = 1200
 MAX_DAEMON_BYTES = 900 << 20
+SECRET = "correct horse"
+HOOK = b"POST /hooks/hub HTTP/1.1\r\nhost: a\r\nx-webhook-secret: correct horse\r\n"
+REQUESTS = [  # each hung up upon at once
+    HOOK + b"content-length: 1000\r\n\r\n{",
+    HOOK + b"transfer-encoding: chunked\r\n\r\nffffffffffffffff\r\n",
+    HOOK + b"content-length: 2\r\n\r\n{}",
+    HOOK + b"content-length: -1\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET /../../etc/passwd HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"\x16\x03\x01\0\xff" + bytes(300),
+    b"\r\n" * 1000,
+]
 GOOD = {"good-a": 201, "good-b": 202, "good-c": 203}
 
 
@@ -92,7 +105,10 @@ def test_a_daemon_outlives_every_attack_at_once(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_text("nobody's business")
-    site = Site(tmp_path / "site", approve="auto")
+    (tmp_path / "secret").write_text(SECRET)
+    site = Site(tmp_path / "site")
+    listen = site.keys["http"]["listen"]
+    site.configure(http={"listen": listen, "hub_secret_file": str(tmp_path / "secret")})
     wanted = laid(site)
     os.link(site.root / "base" / "model.safetensors", site.inflow / "base-by-hard-link.safetensors")
     wanted["base-by-hard-link.safetensors"] = "duplicate"  # of `base-itself`, or that one of it
@@ -107,6 +123,9 @@ def test_a_daemon_outlives_every_attack_at_once(tmp_path: Path) -> None:
         until(settled, "all decided", seconds=4 * DEADLINE_SECONDS)
         rows = daemon.rows()
         daemon.look_again()
+        for request in REQUESTS:
+            with socket.create_connection(("127.0.0.1", site.port), timeout=10) as caller:
+                caller.sendall(request)
         most = resident_bytes(daemon.process.pid)
         assert daemon.states() == {name: row["state"] for name, row in rows.items()}
         assert daemon.get("/")[0] == daemon.get("/readyz")[0] == 200
