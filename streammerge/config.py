@@ -197,7 +197,7 @@ Action = Literal["refuse", "quarantine", "warn", "off"]
 class IdentityScreen(Section):
     """Far from the base, and nothing left of it: made from another model."""
 
-    action: Action = Field(default="quarantine", description="what becomes of it")
+    action: Action = Field(default="warn", description="what becomes of it")
     max_ratio: float = Field(default=0.6, gt=0, description="a delta longer than so many lengths of the base")
     min_equal: float = Field(
         default=0.05, ge=0, le=1, description="with less than this share of its weights exactly the base's"

@@ -178,7 +178,7 @@ class Engine:
 
         The fine-tune is still open, and `measured` is what its fold gave.
         """
-        with self._open_base(recipe) as base:
+        with self._open_base(recipe) as base, self._device_memory():
             found = self._watched(recipe, base)
             if not found:
                 return None

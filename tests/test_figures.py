@@ -394,7 +394,9 @@ def test_a_quarantined_fine_tune_waits_for_a_person_and_is_let_in(tmp_path: Path
 
 def test_the_relative_screens_of_a_daemon_compare_with_head(tmp_path: Path) -> None:
     """A duplicate with noise is set aside and says of whom; a new revision may be like its old one."""
-    site = Site(tmp_path, screens={"cosine": {"min_folds": 2}, "norm": {"min_folds": 2}})
+    lax = {"min_folds": 2}
+    screens = {"cosine": lax, "norm": lax}
+    site = Site(tmp_path, screens=screens, on_update="add", archive="keep")
     first = {n: good(dict(site.base), n) for n in range(3)}
     for seed, tensors in first.items():
         models.save(site.inflow / f"a-{seed}", tensors)
@@ -411,7 +413,7 @@ def test_the_relative_screens_of_a_daemon_compare_with_head(tmp_path: Path) -> N
     assert (rows["long"]["state"], rows["long"]["reason"]) == ("quarantined", "unusual-norm")
     assert rows["a-2"]["state"] == "folded"
     site.run("rebuild", "--method", "average", "--store", str(tmp_path / "renewed"))
-    assert json.loads((tmp_path / "renewed/current/manifest.json").read_text())["totals"]["count"] == 3
+    assert json.loads((tmp_path / "renewed/current/manifest.json").read_text())["totals"]["count"] == 4
 
 
 def test_merge_only_warns(tmp_path: Path) -> None:
