@@ -117,22 +117,14 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the ledger; the writer creates it and brings its tables up to date."""
         self._lock = threading.RLock()
-        self._depth = 0
+        self._path, self._depth, self._is_quiet = path, 0, False
         try:
             if read_only:
-                # A database that was closed cleanly has no -wal file; SQLite would create one without
-                # `immutable`.
-                quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-                self._db = sqlite3.connect(
-                    f"{path.absolute().as_uri()}?mode=ro{quiet}",
-                    uri=True,
-                    timeout=BUSY_SECONDS,
-                    check_same_thread=False,
-                )
+                self._connect_for_reading()
             else:
                 self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-            self._db.isolation_level = None
-            self._db.row_factory = sqlite3.Row
+                self._db.isolation_level = None
+                self._db.row_factory = sqlite3.Row
             if not read_only:
                 self._db.execute("pragma journal_mode = wal")
                 self._db.execute("pragma synchronous = full")
@@ -147,6 +139,19 @@ class Ledger:
             raise Damaged(
                 f"{path} cannot be read: {exc}", hint="restore it from a backup of the store"
             ) from exc
+
+    def _connect_for_reading(self) -> None:
+        """A database that was closed cleanly has no -wal file; SQLite would make one without `immutable`."""
+        self._is_quiet = not self._wal.exists()
+        quiet = "&immutable=1" if self._is_quiet else ""
+        address = f"{self._path.absolute().as_uri()}?mode=ro{quiet}"
+        self._db = sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._db.isolation_level = None
+        self._db.row_factory = sqlite3.Row
+
+    @property
+    def _wal(self) -> Path:
+        return self._path.with_name(f"{self._path.name}-wal")
 
     def _migrate(self) -> None:
         for number, migration in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
@@ -182,7 +187,14 @@ class Ledger:
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
         with self._lock, _in_our_words():
-            return [dict(row) for row in self._db.execute(query, values)]
+            try:
+                return [dict(row) for row in self._db.execute(query, values)]
+            except sqlite3.DatabaseError:
+                if not self._is_quiet or not self._wal.exists():
+                    raise
+                self._db.close()  # a writer came after it was opened as one that nobody writes
+                self._connect_for_reading()
+                return [dict(row) for row in self._db.execute(query, values)]
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -192,7 +204,8 @@ class Ledger:
             try:
                 yield
             finally:
-                self._db.execute("rollback")
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
 
     def harm(self) -> list[str]:
         """Say what SQLite finds wrong with its own file; empty where it is sound."""

@@ -14,6 +14,7 @@ from shops import NAMES, Shop
 
 from streammerge import methods, snapshots, verify
 from streammerge.files import canonical_json, protect
+from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -259,3 +260,14 @@ def test_totals_follow_from_the_state_of_every_kind_of_method(method: str, tmp_p
     shop.publish(NAMES[:2])
     assert method in methods.NAMES
     assert verify.verify(shop.config) == []
+
+
+def test_a_writer_that_comes_later_is_no_damage(shop: Shop) -> None:
+    """A ledger opened while nobody wrote is opened anew when reading fails and a writer is there now."""
+    reading = Ledger(shop.config.store / "ledger.db", read_only=True)
+    writing = Ledger(shop.config.store / "ledger.db")
+    writing.write("create table more (n integer)")
+    writing.write("insert into more values (1)")
+    assert reading.rows("select n from more") == [{"n": 1}]
+    writing.close()
+    reading.close()
