@@ -148,7 +148,7 @@ MOMENTS = range(1, 40)
 
 
 @pytest.mark.parametrize(
-    "cut_at", [n if n % 6 == 1 else pytest.param(n, marks=pytest.mark.slow) for n in MOMENTS]
+    "cut_at", [n if n % 18 == 1 else pytest.param(n, marks=pytest.mark.slow) for n in MOMENTS]
 )
 def test_cut_anywhere_the_backup_is_the_old_or_the_new_one(
     cut_at: int, made: Shop, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -253,7 +253,10 @@ def test_a_damaged_ledger_hides_no_damaged_version(shop: Shop) -> None:
     assert any("store.json" in line for line in named), named
 
 
-@pytest.mark.parametrize("method", ["ties", "tsvm", "wudi", "magmax", "regmean"])
+@pytest.mark.parametrize(
+    "method",
+    ["tsvm", *(pytest.param(name, marks=pytest.mark.slow) for name in methods.NAMES if name != "tsvm")],
+)
 def test_totals_follow_from_the_state_of_every_kind_of_method(method: str, tmp_path: Path) -> None:
     """What a method remembers first has the length that its manifest gives."""
     shop = Shop(tmp_path / "shop", method, keep=9)
