@@ -254,6 +254,7 @@ def bring_version(source: Path, target: Path, beat: Callable[[str, int], None]) 
     Raises Damaged where what is to be copied is not what was sealed, or is gone.
     """
     if is_whole(target, beat):
+        files.protect(target)  # its name came, and a kill before its mode did
         return 0
     snapshot, count = snapshots.read(source), 0
     part = target.with_name(f".building-{target.name}")

@@ -30,8 +30,9 @@ def tidy(merge: Merge) -> list[str]:
     """Remove what is no longer needed: decided inbox folders, old refused candidates, old versions."""
     with merge.turn:
         tidy_inbox(merge)
-        removed = [path.name for path in collectable(merge)]
-        for path in collectable(merge):
+        old = collectable(merge)
+        removed = [path.name for path in old]
+        for path in old:
             merge.ledger.update_snapshot(int(path.name.split("-")[0]), state="collected")
             reached("collected")
             files.remove_tree(path)
@@ -106,8 +107,12 @@ def stepping_stones(merge: Merge) -> list[Path]:
     config = merge.config
     if not config.keep_spaced or methods.removal(merge.recipe.method, merge.recipe.knobs) == "subtract":
         return []
-    head = merge.head
-    line = {len(found.digests): found.path for found in snapshots.line_of(merge.store, head.digests)}
+    head, marked = merge.head, merge.ledger.fact("damaged") or {}
+    line = {
+        len(found.digests): found.path
+        for found in snapshots.line_of(merge.store, head.digests)
+        if str(found.version) not in marked
+    }
     wanted = spaced(line, len(head.digests), first=config.keep, levels=config.keep_spaced)
     return [line[count] for count in wanted]
 
@@ -118,12 +123,8 @@ def spaced(counts: Iterable[int], newest: int, *, first: int, levels: int) -> se
     On level k stands a mark at each multiple of first * 2**k. For the last two marks of every level the
     oldest version from there on stays: at most `levels` + 1 in all. So the d-th fine-tune from the end, d up
     to first * 2**(levels - 1), is taken out by folding fewer than 4 * max(d, first) again; where some were
-    keep = merge.needed | {
-        str(row["id"])
-        for row in rows
-        if is_archived(merge.config, row, merge.store.inbox / str(row["id"]))
-    }
-    so that what is wanted later was wanted before and is still there.
+    missing already, fewer than four times what it took with those that were there. A mark is among the last
+    two ever since it is reached, so that what is wanted later was wanted before and is still there.
     """
     older = sorted(count for count in counts if count <= newest)
     chosen = set()

@@ -139,39 +139,45 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open the ledger; the writer creates it and brings its tables up to date."""
         self._lock = threading.RLock()
-        self._depth = 0
-        self._path = path
+        self._path, self._depth, self._is_quiet = path, 0, False
         try:
             with _in_our_words(path):
-                self._open(path, read_only=read_only)
+                self._open(read_only=read_only)
         except sqlite3.DatabaseError as exc:
             raise Damaged(
                 f"{path} cannot be read: {exc}", hint="restore it from a backup of the store"
             ) from exc
 
-    def _open(self, path: Path, *, read_only: bool) -> None:
+    def _open(self, *, read_only: bool) -> None:
         if read_only:
-            # A database that was closed cleanly has no -wal file; SQLite would create one without
-            # `immutable`.
-            quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-            self._db = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode=ro{quiet}",
-                uri=True,
-                timeout=BUSY_SECONDS,
-                check_same_thread=False,
-            )
+            self._connect_for_reading()
+            if self._version() == 0:
+                raise ConfigError(
+                    f"the store at {self._path.parent} is still being made", hint="try again in a moment"
+                )
         else:
-            self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
-        self._db.isolation_level = None
-        self._db.row_factory = sqlite3.Row
-        if not read_only:
+            self._connect(str(self._path))
             self._db.execute("pragma journal_mode = wal")
             self._db.execute("pragma synchronous = full")
             self._db.execute("pragma foreign_keys = on")
             self._migrate()
-        elif self._version() == 0:
-            raise ConfigError(f"the store at {path.parent} is still being made", hint="try again in a moment")
         self._db.execute("select count(*) from facts").fetchone()
+
+    def _connect(self, address: str) -> None:
+        is_uri = address.startswith("file:")
+        self._db = sqlite3.connect(address, uri=is_uri, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._db.isolation_level = None
+        self._db.row_factory = sqlite3.Row
+
+    def _connect_for_reading(self) -> None:
+        """A database that was closed cleanly has no -wal file; SQLite would make one without `immutable`."""
+        self._is_quiet = not self._wal.exists()
+        quiet = "&immutable=1" if self._is_quiet else ""
+        self._connect(f"{self._path.absolute().as_uri()}?mode=ro{quiet}")
+
+    @property
+    def _wal(self) -> Path:
+        return self._path.with_name(f"{self._path.name}-wal")
 
     def _migrate(self) -> None:
         for number, migration in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
@@ -212,7 +218,14 @@ class Ledger:
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
         with self._lock, _in_our_words(self._path):
-            return [dict(row) for row in self._db.execute(query, values)]
+            try:
+                return [dict(row) for row in self._db.execute(query, values)]
+            except sqlite3.DatabaseError:
+                if not self._is_quiet or not self._wal.exists():
+                    raise
+                self._db.close()  # a writer came after it was opened as one that nobody writes
+                self._connect_for_reading()
+                return [dict(row) for row in self._db.execute(query, values)]
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -222,7 +235,8 @@ class Ledger:
             try:
                 yield
             finally:
-                self._db.execute("rollback")
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
 
     def harm(self) -> list[str]:
         """Say what SQLite finds wrong with its own file; empty where it is sound."""

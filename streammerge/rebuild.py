@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from streammerge import files, methods, pipeline, recovery, replay, reports, screen, snapshots
 from streammerge.engine import Engine
-from streammerge.errors import ConfigError, StreammergeError
+from streammerge.errors import ConfigError, Damaged, StreammergeError
 from streammerge.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def rebuild(
     """
     check(config, method, place)
     old_store, old_ledger = reports.open_for_reading(config)
-    head = snapshots.read(old_store.snapshots / old_ledger.fact("head"))
+    head = read_head(old_store, old_ledger)
     renewed = config.model_copy(update={"method": method, "knobs": dict(knobs), "store": place})
     store = recovery.prepare_folder(renewed)
     with files.locked(store.lock), Progress(console=console, transient=True) as progress:
@@ -73,6 +73,17 @@ def rebuild(
             old_ledger.close()
 
 
+def read_head(store: Store, ledger: Ledger) -> Snapshot:
+    """Read what is head now; where it moved on and was collected just then, what is head after that."""
+    name = str(ledger.fact("head"))
+    try:
+        return snapshots.read(store.snapshots / name)
+    except Damaged:
+        if ledger.fact("head") == name:
+            raise
+        return read_head(store, ledger)
+
+
 def check(config: Config, method: str, place: Path) -> None:
     """Refuse what cannot be done before anything is made."""
     if method not in methods.NAMES:
@@ -104,12 +115,22 @@ def take_over(merge: Merge, store: Store, ledger: Ledger, head: Snapshot) -> Non
     for row in ledger.fine_tunes("folded"):
         kept, new = store.inbox / str(row["id"]), replay.row_of(merge, row)
         if new is not None and kept.is_dir() and not (merge.store.inbox / str(new["id"])).exists():
-            part = merge.store.inbox / f"{new['id']}.part"
-            files.remove_tree(part)
-            part.mkdir()
+            copy_kept(kept, merge.store.inbox / str(new["id"]))
+
+
+def copy_kept(kept: Path, inbox: Path) -> None:
+    """Copy what the old store kept of a fine-tune; what goes meanwhile is had from its source."""
+    part = inbox.with_name(f"{inbox.name}.part")
+    files.remove_tree(part)
+    part.mkdir()
+    try:
+        with files.disk_errors("copying kept files"):
             for file in sorted(kept.iterdir()):
                 files.copy_file(file, part / file.name, follow_symlinks=False)
-            files.rename_folder(part, merge.store.inbox / str(new["id"]))
+    except FileNotFoundError:
+        files.remove_tree(part)
+        return
+    files.rename_folder(part, inbox)
 
 
 def fold_all(merge: Merge, head: Snapshot) -> dict[str, Any]:

@@ -76,7 +76,12 @@ WAYS: dict[str, tuple[Callable[[Shop], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+SOME = ("the source is removed", "it is removed", "changed in place")
+
+
+@pytest.mark.parametrize(
+    "way", [way if way in SOME else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_what_a_replay_lacks_is_named_and_nothing_changes(way: str, shop: Shop, made: Shop) -> None:
     """Retracting what came first folds the others again: what is missing of them is said, exit 1."""
     happen, said = WAYS[way]

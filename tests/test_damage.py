@@ -59,7 +59,11 @@ HARMS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
+SOME = ("bit in the state", "bit in the manifest", "one too many")
+EACH = [harm if harm in SOME else pytest.param(harm, marks=pytest.mark.slow) for harm in HARMS]
+
+
+@pytest.mark.parametrize("harm", EACH)
 def test_damage_in_head_stops_everything_before_the_first_fold(harm: str, shop: Shop) -> None:
     """Work ends with the path of what is damaged; nothing is folded, changed or removed; so do commands."""
     name, do = HARMS[harm]
@@ -75,7 +79,7 @@ def test_damage_in_head_stops_everything_before_the_first_fold(harm: str, shop: 
     assert [damaged in found.what for found in verify.verify(shop.config) if found.is_damage] == [True]
 
 
-@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("harm", EACH)
 def test_damage_in_an_older_version_is_gone_around(harm: str, shop: Shop) -> None:
     """The next fine-tune is folded, a retraction begins elsewhere, and the version is offered to nobody."""
     name, do = HARMS[harm]

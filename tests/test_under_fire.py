@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def test_two_shells_command_a_daemon_at_random(tmp_path: Path) -> None:
     """Whatever they type while it folds, gates, promotes and collects, the store stays sound."""
     battle = Field(tmp_path / "site", seed=20)
-    battle.fire(4.0)
+    battle.fire(3.0)
     assert battle.differences == []
     assert battle.codes.total() > 0
 

@@ -158,14 +158,14 @@ def verify_store(config: ConfigOption = None, *, as_json: JsonOption = False) ->
             }
         )
     else:
+        if not damage:
+            out.print("every version is what was sealed")
         for finding in damage:
             out.print(f"[red]damaged[/] {escape(finding.what)}", soft_wrap=True)
         for finding in unfinished:
             out.print(f"unfinished {escape(finding.what)}", soft_wrap=True)
         for hint in dict.fromkeys(finding.hint for finding in found):
             out.print(f"hint: {escape(hint)}", soft_wrap=True)
-        if not damage:
-            out.print("every version is what was sealed")
     if damage:
         raise typer.Exit(3)
 

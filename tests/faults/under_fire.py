@@ -169,6 +169,7 @@ class Field:
             (3, ["verify"]), (2, ["backup", str(self.root / "backup")]), (1, ["history"]), (1, ["status"]),
             (1, ["rollback", "--yes", "--no-wait"]), (1, ["retract", name, "--yes", "--no-wait"]),
             (1 if self.has_daemon else 4, ["run", "--once"]),
+            (1, ["rebuild", "--store", str(self.root / f"new-{self.codes.total()}"), "--method", "average"]),
         )  # fmt: skip
         return chance.choices([words for _, words in choices], [weight for weight, _ in choices])[0]
 
