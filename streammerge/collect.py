@@ -5,6 +5,7 @@ Never head, current, what a target confirmed last or is still to be told, nor wh
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from streammerge import files, promote, snapshots
@@ -22,9 +23,10 @@ def tidy(merge: Merge) -> list[str]:
     """Remove what is no longer needed: decided inbox folders, old refused candidates, old versions."""
     with merge.turn:
         tidy_inbox(merge)
-        removed = [path.name for path in collectable(merge)]
-        for path in collectable(merge):
-            merge.ledger.update_snapshot(int(path.name.split("-")[0]), state="collected")
+        old = collectable(merge)
+        removed = [path.name for path in old]
+        for path in old:
+            merge.ledger.update_snapshot(snapshots.number(path), state="collected")
             files.remove_tree(path)
         refused = [
             row["version"]
@@ -34,7 +36,7 @@ def tidy(merge: Merge) -> list[str]:
         ]
         shown = set(refused[-merge.config.keep_refused :] if merge.config.keep_refused else [])
         for path in snapshots.folders(merge.store.candidates):
-            version = int(path.name.split("-")[0])
+            version = snapshots.number(path)
             if version in refused and version not in shown:
                 files.remove_tree(path)
                 removed.append(path.name)
@@ -44,21 +46,27 @@ def tidy(merge: Merge) -> list[str]:
 
 def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
-    rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-    keep = {str(row["id"]) for row in rows if is_archived(merge, row)} | merge.needed
-    for folder in merge.store.inbox.iterdir():
-        if folder.name not in keep and not folder.name.endswith(".part"):
-            files.remove_tree(folder)
+    with os.scandir(merge.store.inbox) as found:
+        there = {entry.name for entry in found if not entry.name.endswith(".part")}
+    decided = there - merge.needed - merge.ledger.numbers("pending", "awaiting_approval")
+    folded = merge.ledger.numbers("folded") if decided and merge.config.archive != "drop" else set()
+    for name in decided:
+        if name not in folded or not is_kept(merge, name):
+            files.remove_tree(merge.store.inbox / name)
 
 
 def is_archived(merge: Merge, row: Row) -> bool:
     """Whether the fetched files of a row stay in the inbox."""
     if row["state"] in ("pending", "awaiting_approval"):
         return True
-    is_kept = merge.config.archive == "keep" or (
-        merge.config.archive == "adapters" and (merge.store.inbox / str(row["id"]) / ADAPTER_WEIGHTS).exists()
+    return row["state"] == "folded" and is_kept(merge, str(row["id"]))
+
+
+def is_kept(merge: Merge, folder: str) -> bool:
+    """Whether the fetched files of what is folded stay, by `archive`."""
+    return merge.config.archive == "keep" or (
+        merge.config.archive == "adapters" and (merge.store.inbox / folder / ADAPTER_WEIGHTS).exists()
     )
-    return is_kept and row["state"] == "folded"
 
 
 def collectable(merge: Merge) -> list[Path]:
@@ -66,13 +74,13 @@ def collectable(merge: Merge) -> list[Path]:
 
     Never head, current, what a target still needs, or what was current lately.
     """
-    lately = merge.ledger.rows(  # current until the next promotion, which was within `grace` or is to come
-        "select version from promotions where coalesce("
-        "(select min(later.switched_at) from promotions as later where later.id > promotions.id), ?) >= ?",
-        now(), now() - merge.config.grace,
-    )  # fmt: skip
+    lately = merge.ledger.rows(  # from the one on that was current when `grace` began
+        "select version from promotions where id >= coalesce("
+        "(select max(id) from promotions where switched_at < ?), 0)",
+        now() - merge.config.grace,
+    )
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
-    stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
+    stay = [path for path in snapshots.folders(merge.store.snapshots) if snapshots.number(path) in versions]
     serving = snapshots.current(merge.store)
     stay += [*merge.folding_from, *([serving] if serving else [])]
     return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)

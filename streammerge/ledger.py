@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,16 @@ M002_MARKS = """
 alter table sources add column mark text not null default '';
 """
 
-MIGRATIONS = (M001_FIRST, M002_MARKS)
+# What every arrival asks must not read the rows of all arrivals before it.
+M003_INDEXES = """
+drop index fine_tunes_by_state;
+create index fine_tunes_by_state on fine_tunes (state, version);
+create index snapshots_by_state on snapshots (state);
+create index outbox_by_target on outbox (target, state, id);
+create index outbox_pending on outbox (id) where state = 'pending';
+"""
+
+MIGRATIONS = (M001_FIRST, M002_MARKS, M003_INDEXES)
 
 
 def now() -> float:
@@ -178,9 +187,16 @@ class Ledger:
         with self._lock:
             return [dict(row) for row in self._db.execute(query, values)]
 
+    def tuples(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Read rows of which there may be many, in half the memory."""
+        with self._lock:
+            return [tuple(row) for row in self._db.execute(query, values)]
+
     def row(self, query: str, *values: object) -> Row | None:
-        """Read the first row, if any."""
-        return next(iter(self.rows(query, *values)), None)
+        """Read the first row, if any, and no other."""
+        with self._lock, closing(self._db.execute(query, values)) as found:
+            row = found.fetchone()
+        return dict(row) if row else None
 
     def write(self, query: str, *values: object) -> int:
         """Change something; gives the id of a new row."""
@@ -230,6 +246,12 @@ class Ledger:
         where = f"where state in ({marks})" if states else ""
         return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
 
+    def numbers(self, *states: str) -> set[str]:
+        """Give the ids of fine-tunes in these states, as the inbox names their folders."""
+        marks = ", ".join("?" for _ in states)
+        found = self.rows(f"select id from fine_tunes where state in ({marks})", *states)  # noqa: S608 -- only question marks are put in
+        return {str(row["id"]) for row in found}
+
     # Snapshots
 
     def update_snapshot(self, version: int, **columns: object) -> None:
@@ -244,6 +266,11 @@ class Ledger:
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""
         return self.row("select * from promotions order by id desc limit 1")
+
+    def last_told(self, target: str) -> Row | None:
+        """Read what a target confirmed last."""
+        query = "select * from outbox where (state, target) = ('done', ?) order by id desc limit 1"
+        return self.row(query, target)
 
     # Commands
 

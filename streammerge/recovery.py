@@ -209,7 +209,7 @@ def start_with_base(merge: Merge) -> None:
 def accept_trailing(merge: Merge) -> None:
     """A version that was moved into snapshots/ but not yet recorded: its row is added."""
     for path in snapshots.folders(merge.store.snapshots):
-        version = int(path.name.split("-")[0])
+        version = snapshots.number(path)
         row = merge.ledger.snapshot(version)
         if row is not None and row["state"] != "candidate":
             continue
