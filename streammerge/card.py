@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+BREAKS_OUT = re.compile(r"[`|\\]")
 MAX_CHARACTERS = 200
 
 
@@ -71,5 +72,7 @@ def _code(text: object) -> str:
 
 def _plain(text: object) -> str:
     """Give one line of text in which what could end a line, a code span or a cell is a question mark."""
-    line = "".join(c if c.isprintable() and c not in "`|\\" else "?" for c in str(text)[:MAX_CHARACTERS])
+    line = str(text)[:MAX_CHARACTERS]
+    if not line.isprintable() or BREAKS_OUT.search(line):
+        line = "".join(c if c.isprintable() and c not in "`|\\" else "?" for c in line)
     return line if line.strip() else "?"

@@ -6,6 +6,7 @@ states that keep a replay short.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import structlog
@@ -33,7 +34,7 @@ def tidy(merge: Merge) -> list[str]:
         old = collectable(merge)
         removed = [path.name for path in old]
         for path in old:
-            merge.ledger.update_snapshot(int(path.name.split("-")[0]), state="collected")
+            merge.ledger.update_snapshot(snapshots.number(path), state="collected")
             reached("collected")
             files.remove_tree(path)
         refused = [
@@ -44,7 +45,7 @@ def tidy(merge: Merge) -> list[str]:
         ]
         shown = set(refused[-merge.config.keep_refused :] if merge.config.keep_refused else [])
         for path in snapshots.folders(merge.store.candidates):
-            version = int(path.name.split("-")[0])
+            version = snapshots.number(path)
             if version in refused and version not in shown:
                 files.remove_tree(path)
                 removed.append(path.name)
@@ -67,22 +68,25 @@ def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
     inbox = merge.store.inbox
     with merge.turn:
-        rows = merge.ledger.fine_tunes("pending", "awaiting_approval", "folded")
-        wanted = {str(row["id"]) for row in rows if is_archived(merge.config, row, inbox / str(row["id"]))}
-        for folder in inbox.iterdir():
-            is_wanted = folder.name in wanted | merge.needed or folder.name.endswith(".part")
-            if folder.is_dir() and not is_wanted:
-                files.remove_tree(folder)
+        with os.scandir(inbox) as found:
+            there = {entry.name for entry in found if entry.is_dir() and not entry.name.endswith(".part")}
+        decided = there - merge.needed - merge.ledger.numbers("pending", "awaiting_approval")
+        folded = merge.ledger.numbers("folded") if decided and merge.config.archive != "drop" else set()
+        for name in decided:
+            if name not in folded or not is_kept(merge.config, inbox / name):
+                files.remove_tree(inbox / name)
 
 
 def is_archived(config: Config, row: Row, folder: Path) -> bool:
     """Whether the fetched files of a row, which are in `folder`, stay in the inbox."""
     if row["state"] in ("pending", "awaiting_approval"):
         return True
-    is_kept = config.archive == "keep" or (
-        config.archive == "adapters" and (folder / ADAPTER_WEIGHTS).exists()
-    )
-    return is_kept and row["state"] == "folded"
+    return row["state"] == "folded" and is_kept(config, folder)
+
+
+def is_kept(config: Config, folder: Path) -> bool:
+    """Whether the fetched files of what is folded stay, by `archive`."""
+    return config.archive == "keep" or (config.archive == "adapters" and (folder / ADAPTER_WEIGHTS).exists())
 
 
 def collectable(merge: Merge) -> list[Path]:
@@ -90,13 +94,13 @@ def collectable(merge: Merge) -> list[Path]:
 
     Never head, current, what a target still needs, what was current lately, or what shortens a replay.
     """
-    lately = merge.ledger.rows(  # current until the next promotion, which was within `grace` or is to come
-        "select version from promotions where coalesce("
-        "(select min(later.switched_at) from promotions as later where later.id > promotions.id), ?) >= ?",
-        now(), now() - merge.config.grace,
-    )  # fmt: skip
+    lately = merge.ledger.rows(  # from the one on that was current when `grace` began
+        "select version from promotions where id >= coalesce("
+        "(select max(id) from promotions where switched_at < ?), 0)",
+        now() - merge.config.grace,
+    )
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
-    stay = [path for version in versions if (path := snapshots.by_version(merge.store, version))]
+    stay = [path for path in snapshots.folders(merge.store.snapshots) if snapshots.number(path) in versions]
     serving = snapshots.current(merge.store)
     stay += [*merge.folding_from, *([serving] if serving else []), *stepping_stones(merge)]
     return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.2
 IDLE_SECONDS = 1.0
 DEBOUNCE_SECONDS = 0.25
+LOOKS_APART = 5.0  # times as long as a look takes, so that looks leave the processor to the folds
 HEARTBEAT_SECONDS = 120.0  # without WATCHDOG_USEC: after this a silent worker counts as stuck
 DRAIN_SECONDS = 300.0
 
@@ -93,6 +94,7 @@ class Daemon:
         self._heartbeat = time.monotonic()
         self._looking = {part.name: threading.Lock() for part in config.sources}
         self._look_again: set[str] = set()
+        self._look_seconds: dict[str, float] = {}
         self._watchers: dict[str, Callable[[], None]] = {}
         self._fetchers: dict[str, threading.Thread] = {}
         self._fold_bytes = 0
@@ -292,9 +294,12 @@ class Daemon:
             self._look_again.add(name)
             self.metrics.triggers_missed.labels(name).inc()
             return
+        started = time.monotonic()
         try:
             self._look_again.discard(name)
             turns.look_at(self._merge(), self.sources[name], self._look_later)
+            if not self.sources[name].is_remote:  # what waits for a network takes no processor
+                self._look_seconds[name] = time.monotonic() - started
             self._watch(name)
         except Stopped:
             return
@@ -309,7 +314,7 @@ class Daemon:
             self._looking[name].release()
         self.work_there.set()
         if name in self._look_again:
-            self._look_later(name, DEBOUNCE_SECONDS)
+            self._look_later(name, self._pause(name))
 
     def _look_later(self, name: str, seconds: float) -> None:
         """Look again soon, on top of the poll; a look already planned sooner stays."""
@@ -324,7 +329,15 @@ class Daemon:
 
     def _watch(self, name: str) -> None:
         if name not in self._watchers and not self.stopping.is_set():
-            self._watchers[name] = self.sources[name].watch(lambda: self._look_later(name, DEBOUNCE_SECONDS))
+            hint = partial(self._hinted, name)
+            self._watchers[name] = self.sources[name].watch(hint)
+
+    def _hinted(self, name: str) -> None:
+        self._look_later(name, self._pause(name))
+
+    def _pause(self, name: str) -> float:
+        """How long file events gather before the next look: longer where a look takes long."""
+        return max(DEBOUNCE_SECONDS, LOOKS_APART * self._look_seconds.get(name, 0.0))
 
     # The worker
 

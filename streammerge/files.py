@@ -15,6 +15,7 @@ import shutil
 import socket
 import stat
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -26,12 +27,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CHUNK_BYTES = 8 << 20
+PIECES = 4096
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
 
 
 def canonical_json(value: object) -> bytes:
     """Give the one byte string for `value`: sorted keys, no spaces to spare, a final newline."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    pieces = json.JSONEncoder(sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).iterencode(value)
+    encoded = bytearray()  # piece by piece: as a list they would take many times the room of what they say
+    while some := "".join(islice(pieces, PIECES)):
+        encoded += some.encode()
+    encoded += b"\n"
+    return bytes(encoded)
 
 
 def sha256_file(path: Path) -> str:

@@ -11,13 +11,13 @@ import sqlite3
 import threading
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streammerge import machine
 from streammerge.errors import ConfigError, Damaged, DiskFails, NoSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 FINE_TUNE_STATES = (
@@ -28,6 +28,7 @@ SNAPSHOT_STATES = ("candidate", "accepted", "refused", "rolled_back", "collected
 BUSY_SECONDS = 30.0
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 # One string a migration; each runs in a transaction together with the number that records it.
@@ -86,7 +87,16 @@ create table figures (
 alter table fine_tunes add column overruled text not null default '';
 """
 
-MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES)
+# What every arrival asks must not read the rows of all arrivals before it.
+M004_INDEXES = """
+drop index fine_tunes_by_state;
+create index fine_tunes_by_state on fine_tunes (state, version);
+create index snapshots_by_state on snapshots (state);
+create index outbox_by_target on outbox (target, state, id);
+create index outbox_pending on outbox (id) where state = 'pending';
+"""
+
+MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES, M004_INDEXES)
 WITH_FIGURES = 3  # an older ledger that is only read has none
 SAMPLES_AT_ONCE = 256
 
@@ -217,15 +227,31 @@ class Ledger:
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
+        return self._read(lambda found: [dict(row) for row in found], query, values)
+
+    def tuples(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Read rows of which there may be many, in half the memory."""
+        return self._read(lambda found: [tuple(row) for row in found], query, values)
+
+    def row(self, query: str, *values: object) -> Row | None:
+        """Read the first row, if any, and no other."""
+        found = self._read(sqlite3.Cursor.fetchone, query, values)
+        return dict(found) if found else None
+
+    def _read(self, take: Callable[[sqlite3.Cursor], T], query: str, values: tuple[object, ...]) -> T:
         with self._lock, _in_our_words(self._path):
             try:
-                return [dict(row) for row in self._db.execute(query, values)]
+                return self._taken(take, query, values)
             except sqlite3.DatabaseError:
                 if not self._is_quiet or not self._wal.exists():
                     raise
                 self._db.close()  # a writer came after it was opened as one that nobody writes
                 self._connect_for_reading()
-                return [dict(row) for row in self._db.execute(query, values)]
+                return self._taken(take, query, values)
+
+    def _taken(self, take: Callable[[sqlite3.Cursor], T], query: str, values: tuple[object, ...]) -> T:
+        with closing(self._db.execute(query, values)) as found:
+            return take(found)
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -247,10 +273,6 @@ class Ledger:
         """Write a copy as of one moment, whoever writes meanwhile, to a file that is not there yet."""
         with self._lock, _in_our_words(self._path), closing(sqlite3.connect(path)) as target:
             self._db.backup(target)
-
-    def row(self, query: str, *values: object) -> Row | None:
-        """Read the first row, if any."""
-        return next(iter(self.rows(query, *values)), None)
 
     def write(self, query: str, *values: object) -> int:
         """Change something; gives the id of a new row."""
@@ -299,6 +321,12 @@ class Ledger:
         marks = ", ".join("?" for _ in states)
         where = f"where state in ({marks})" if states else ""
         return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
+
+    def numbers(self, *states: str) -> set[str]:
+        """Give the ids of fine-tunes in these states, as the inbox names their folders."""
+        marks = ", ".join("?" for _ in states)
+        found = self.rows(f"select id from fine_tunes where state in ({marks})", *states)  # noqa: S608 -- only question marks are put in
+        return {str(row["id"]) for row in found}
 
     # What the screens saw
 
@@ -349,6 +377,11 @@ class Ledger:
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""
         return self.row("select * from promotions order by id desc limit 1")
+
+    def last_told(self, target: str) -> Row | None:
+        """Read what a target confirmed last."""
+        query = "select * from outbox where (state, target) = ('done', ?) order by id desc limit 1"
+        return self.row(query, target)
 
     # Commands
 

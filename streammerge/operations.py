@@ -107,7 +107,8 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     """
     ledger, old = merge.ledger, merge.head
     chosen = choose(merge, old, version)
-    removed = [digest for digest in old.digests if digest not in chosen.digests]
+    kept = set(chosen.digests)
+    removed = [digest for digest in old.digests if digest not in kept]
     ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
     ledger.allow(chosen.digests)
     ledger.set_fact("head", chosen.path.name)

@@ -145,10 +145,10 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
 
 def observe_latency(merge: Merge, target: str) -> None:
     """Record the time from a fine-tune's publication to its being served."""
+    told = merge.ledger.last_told(target)
     row = merge.ledger.row(
-        "select max(published_at) as at from fine_tunes where state = 'folded' and version = "
-        "(select version from outbox where target = ? and state = 'done' order by id desc limit 1)",
-        target,
+        "select max(published_at) as at from fine_tunes where (state, version) = ('folded', ?)",
+        told["version"] if told else None,
     )
     if row and row["at"]:
         merge.metrics.served_seconds.labels(target).observe(max(0.0, now() - row["at"]))
@@ -182,5 +182,5 @@ def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
 def awaited(merge: Merge) -> set[int]:
     """List versions that some target is still to be told of, and the last one each confirmed."""
     pending = merge.ledger.rows("select distinct version from outbox where state = 'pending'")
-    confirmed = merge.ledger.rows("select max(id), version from outbox where state = 'done' group by target")
-    return {row["version"] for row in (*pending, *confirmed)}
+    confirmed = [merge.ledger.last_told(part.name) for part in merge.config.targets]
+    return {row["version"] for row in (*pending, *confirmed) if row}

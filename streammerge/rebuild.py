@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from streammerge import files, methods, pipeline, recovery, replay, reports, screen, snapshots
+from streammerge import files, machine, methods, pipeline, recovery, replay, reports, screen, snapshots
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged, StreammergeError
 from streammerge.metrics import Metrics
@@ -124,7 +124,7 @@ def copy_kept(kept: Path, inbox: Path) -> None:
     files.remove_tree(part)
     part.mkdir()
     try:
-        with files.disk_errors("copying kept files"):
+        with machine.errors("copying kept files"):
             for file in sorted(kept.iterdir()):
                 files.copy_file(file, part / file.name, follow_symlinks=False)
     except FileNotFoundError:

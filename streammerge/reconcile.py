@@ -38,9 +38,13 @@ def observe(merge: Merge, source: Source, config: SourceSection) -> float:
     ledger = merge.ledger
     looked_at = now()
     before = ledger.row("select * from sources where name = ?", source.name) or {"primed": 0, "mark": ""}
-    look = source.look(known(ledger, source.name), before["mark"])
+    remembered = known(ledger, source.name)
+    look = source.look(remembered, before["mark"])
     with ledger.transaction():
+        done = settled(ledger, source.name)
         for sighting in look.sightings:
+            if sighting.name in done and is_known(sighting, remembered[sighting.name]):
+                continue
             record(merge, config, sighting, looked_at, is_first=not before["primed"])
         mark_gone(merge, source.name, {sighting.name for sighting in look.sightings}, only=look.gone)
         ledger.write(
@@ -76,8 +80,33 @@ def drop_sources(merge: Merge, names: Iterable[str]) -> None:
 
 def known(ledger: Ledger, source: str) -> dict[str, Known]:
     """Give a source what it recognised at earlier looks."""
-    rows = ledger.rows("select * from sightings where source = ?", source)
-    return {row["name"]: Known(row["fingerprint"], row["revision"], row["first_seen_at"]) for row in rows}
+    query = "select name, fingerprint, revision, first_seen_at from sightings where source = ?"
+    return {name: Known(*facts) for name, *facts in ledger.tuples(query, source)}
+
+
+def is_known(sighting: Sighting, before: Known) -> bool:
+    """Whether a source sees what it saw at its last look."""
+    return (sighting.fingerprint, sighting.revision) == (before.fingerprint, before.revision)
+
+
+def settled(ledger: Ledger, source: str) -> set[str]:
+    """List the names that need no second thought where they are seen unchanged.
+
+    Those have a row which the same sighting would leave as it is, and no other row that may be folded.
+    """
+    rows = ledger.tuples(
+        "select seen.name from sightings as seen "
+        "join fine_tunes as own on (own.source, own.name, own.revision) "
+        "= (seen.source, seen.name, seen.revision) "
+        "where seen.source = ? and seen.revision != '' "
+        "and (own.state not in ('waiting', 'superseded', 'gone', 'replaced', 'ignored') "
+        "or (own.state, own.reason) = ('ignored', 'first_run')) "
+        "and not exists (select 1 from fine_tunes as other "
+        "where (other.source, other.name) = (seen.source, seen.name) and other.id != own.id "
+        "and (other.revision = '' or other.state in ('waiting', 'pending', 'awaiting_approval')))",
+        source,
+    )
+    return {name for (name,) in rows}
 
 
 def record(

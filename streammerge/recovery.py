@@ -199,7 +199,7 @@ def drop_damaged(merge: Merge, *, content: bool = False) -> None:
     """A candidate that is not what was sealed was never official: it goes, and is made again."""
     sound = set()
     for path in snapshots.folders(merge.store.candidates):
-        row = merge.ledger.snapshot(int(path.name.split("-")[0]))
+        row = merge.ledger.snapshot(snapshots.number(path))
         if row is not None and row["state"] == "refused":  # it stays for inspection, as it is
             continue
         found = list(snapshots.harm_of(path, content=content, beat=merge.engine.beat))

@@ -53,8 +53,7 @@ def status(config: Config, store: Store, ledger: Ledger) -> dict[str, Any]:
     """Say where the merge stands."""
     settings = store.read_settings()
     head = named(store, ledger.fact("head"))
-    serving = snapshots.current(store)
-    current = named(store, serving.name if serving else None)
+    current = served(store)
     counts = {
         row["state"]: row["n"]
         for row in ledger.rows("select state, count(*) as n from fine_tunes group by state")
@@ -93,6 +92,12 @@ def full_store(config: Config, removal: str) -> int:
     return config.keep + (0 if removal == "subtract" else config.keep_spaced) + 1
 
 
+def served(store: Store) -> dict[str, Any] | None:
+    """Describe what `current` leads to."""
+    serving = snapshots.current(store)
+    return named(store, serving.name if serving else None)
+
+
 def version_bytes(settings: dict[str, Any]) -> int:
     """Estimate what one version takes on disk: the model and the state."""
     return int(settings["base"]["bytes"] + settings["state_bytes"])
@@ -129,9 +134,7 @@ def source_status(ledger: Ledger, name: str) -> dict[str, Any]:
 
 def target_status(ledger: Ledger, name: str) -> dict[str, Any]:
     """Say what a target confirmed last, and what it is still to be told."""
-    done = ledger.row(
-        "select * from outbox where target = ? and state = 'done' order by id desc limit 1", name
-    )
+    done = ledger.last_told(name)
     open_rows = ledger.rows("select * from outbox where target = ? and state = 'pending' order by id", name)
     state = "starting" if not done and not open_rows else "confirmed" if not open_rows else "telling"
     if open_rows and open_rows[0]["attempts"]:
@@ -186,11 +189,7 @@ def resolve(store: Store, ledger: Ledger, which: str) -> Path:
         found = store.snapshots / head if head else None
     elif which.isdecimal():
         found = snapshots.by_version(store, int(which)) or next(
-            (
-                path
-                for path in snapshots.folders(store.candidates)
-                if int(path.name.split("-")[0]) == int(which)
-            ),
+            (path for path in snapshots.folders(store.candidates) if snapshots.number(path) == int(which)),
             None,
         )
     else:

@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 DIGEST_CHARACTERS = 12
 RESTORING = ".restoring"  # in a store that `streammerge restore` has begun
+Stamp = tuple[int, int, int, int, int]  # of a file: it changes with the content
 FOLDER = re.compile(r"^(\d{6,})-([0-9a-f]{12})$")
 
 
@@ -150,6 +153,46 @@ class Snapshot:
         return self.path / "state"
 
 
+class Manifests:
+    """The manifests used last: one that lists thousands of fine-tunes is not to be parsed at every question.
+
+    A file that was changed or replaced is not the one that is known, and is read again.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Keep `most` of them."""
+        self._most = most
+        self._known: OrderedDict[str, tuple[Stamp, Snapshot]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> Snapshot | None:
+        """Give the snapshot in this folder if its manifest is known. Raises OSError where there is none."""
+        stamp = _stamp(path)
+        with self._lock:
+            known = self._known.get(path.name)
+            if known is None or known[0] != stamp:
+                return None
+            self._known.move_to_end(path.name)
+        return Snapshot(path, known[1].digest, known[1].manifest)
+
+    def put(self, snapshot: Snapshot) -> Snapshot:
+        """Remember a manifest that was proven, or just written; gives it back."""
+        with self._lock:
+            self._known[snapshot.path.name] = (_stamp(snapshot.path), snapshot)
+            self._known.move_to_end(snapshot.path.name)
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+        return snapshot
+
+
+def _stamp(path: Path) -> Stamp:
+    found = (path / "manifest.json").stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+MANIFESTS = Manifests(most=2)  # head and what it was folded from, or what follows it
+
+
 def folder_name(version: int, digest: str) -> str:
     """Name a sealed folder so that its number and content can be read off it."""
     return f"{version:06d}-{digest[:DIGEST_CHARACTERS]}"
@@ -173,14 +216,15 @@ def seal(store: Store, building: Path, manifest: Mapping[str, Any], hashes: Mapp
     for path in sorted(p for p in building.rglob("*") if p.is_file()):
         name = path.relative_to(building).as_posix()
         listed[name] = {"sha256": hashes.get(name) or files.sha256_file(path), "bytes": path.stat().st_size}
-    content = files.canonical_json({**manifest, "format": FORMAT, "files": listed})
+    whole = {**manifest, "format": FORMAT, "files": listed}
+    content = files.canonical_json(whole)
     files.write_file(building / "manifest.json", content)
     files.fsync_tree(building)
     files.protect(building)
     digest = hashlib.sha256(content).hexdigest()
     sealed = store.candidates / folder_name(int(manifest["version"]), digest)
     files.rename_folder(building, sealed)
-    return Snapshot(sealed, digest, json.loads(content))
+    return MANIFESTS.put(Snapshot(sealed, digest, whole))
 
 
 def accept(store: Store, candidate: Snapshot) -> Snapshot:
@@ -203,6 +247,8 @@ def read(path: Path) -> Snapshot:
     match = FOLDER.match(path.name)
     try:
         with machine.errors("reading a version", path):  # what cannot be read may be whole
+            if found := MANIFESTS.get(path):
+                return found
             content = (path / "manifest.json").read_bytes()
         manifest = json.loads(content)
     except (OSError, ValueError) as exc:
@@ -212,7 +258,7 @@ def read(path: Path) -> Snapshot:
         raise Damaged(
             f"{path}/manifest.json is not the one that was sealed: its hash is {digest[:12]}", hint=RESTORE
         )
-    return Snapshot(path, digest, manifest)
+    return MANIFESTS.put(Snapshot(path, digest, manifest))
 
 
 RESTORE = "restore the folder from a backup of the store"
@@ -238,9 +284,14 @@ def folders(parent: Path) -> list[Path]:
     return [entry for _, entry in sorted(named, key=lambda pair: (pair[0], pair[1].name))]
 
 
+def number(path: Path) -> int:
+    """Read a version's number off the name of its folder."""
+    return int(path.name.partition("-")[0])
+
+
 def by_version(store: Store, version: int) -> Path | None:
     """Find the accepted folder of a version."""
-    return next((path for path in folders(store.snapshots) if int(path.name.split("-")[0]) == version), None)
+    return next((path for path in folders(store.snapshots) if number(path) == version), None)
 
 
 def current(store: Store) -> Path | None:

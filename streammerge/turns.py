@@ -5,6 +5,7 @@ With the gauges that mirror the store, which a scrape brings up to date.
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -89,7 +90,7 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
     if not unchecked:
         return False
     path = unchecked.pop()
-    version = str(int(path.name.split("-")[0]))
+    version = str(snapshots.number(path))
     marked = {v: why for v, why in (merge.ledger.fact("damaged") or {}).items() if v != version}
     try:
         with machine.errors("reading a version", path):
@@ -201,25 +202,25 @@ def next_row(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Contai
 
 
 def refresh(merge: Merge) -> None:
-    """Bring gauges that mirror the store up to date; called at each scrape."""
-    metrics, status = merge.metrics, reports.status(merge.config, merge.store, merge.ledger)
-    metrics.head_version.set(status["head"]["version"] if status["head"] else 0)
-    metrics.current_version.set(status["current"]["version"] if status["current"] else 0)
-    last = merge.ledger.last_promotion()
+    """Bring gauges that mirror the store up to date; called at each scrape, so no files are counted."""
+    metrics, ledger = merge.metrics, merge.ledger
+    head, current = reports.named(merge.store, ledger.fact("head")), reports.served(merge.store)
+    metrics.head_version.set(head["version"] if head else 0)
+    metrics.current_version.set(current["version"] if current else 0)
+    last = ledger.last_promotion()
     metrics.current_time.set((last or {}).get("switched_at") or 0)
-    metrics.held.set(bool(status["held"]))
-    metrics.disk_free.set(status["disk"]["free_bytes"])
+    metrics.held.set(bool(merge.held))
+    metrics.disk_free.set(shutil.disk_usage(merge.store.root).free)
     metrics.disk_full.set(isinstance(merge.unable, NoSpace))
     metrics.disk_failing.set(isinstance(merge.unable, DiskFails))
     metrics.memory_short.set(isinstance(merge.unable, NoMemory))
-    waiting = merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval")
+    waiting = ledger.fine_tunes("waiting", "pending", "awaiting_approval")
     metrics.oldest_pending.set(min((row["first_seen_at"] for row in waiting), default=0))
     for part in merge.config.sources:
         metrics.pending.labels(part.name).set(sum(row["source"] == part.name for row in waiting))
-        row = merge.ledger.row("select last_success_at from sources where name = ?", part.name)
+        row = ledger.row("select last_success_at from sources where name = ?", part.name)
         metrics.source_success.labels(part.name).set((row or {}).get("last_success_at") or 0)
-    for target in status["targets"]:
-        metrics.outbox.labels(target["name"]).set(target["open"])
-        metrics.served.labels(target["name"]).set(
-            bool(status["current"]) and target["snapshot"] == status["current"]["version"]
-        )
+    for name in [part.name for part in merge.config.targets]:
+        target = reports.target_status(ledger, name)
+        metrics.outbox.labels(name).set(target["open"])
+        metrics.served.labels(name).set(current is not None and target["snapshot"] == current["version"])

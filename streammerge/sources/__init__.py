@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streammerge.config import Config, DirectorySource, HubSource
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sighting:
     """What a source sees of one fine-tune now.
 
@@ -49,7 +49,7 @@ class Sighting:
     digest: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """What was remembered of a fine-tune from an earlier look."""
 

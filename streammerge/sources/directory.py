@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import hashlib
 import math
+import operator
 import os
 import stat
 import time
@@ -77,8 +78,8 @@ class Directory:
             e for e in entries if not any(fnmatch.fnmatchcase(e.name, glob) for glob in self.config.ignore)
         ]
         seen = [sighting for entry in wanted if (sighting := self._see(entry, known))]
-        present = {entry.name for entry in entries}
-        self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in present}
+        unsettled = {sighting.name for sighting in seen if not sighting.revision}
+        self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in unsettled}
         return Look(seen, again_at=min((s.until for s in seen if s.until), default=0.0))
 
     def preview(self) -> Sequence[Sighting]:
@@ -109,18 +110,19 @@ class Directory:
 
     def _judge(self, entry: os.DirEntry[str], path: Path, known: Known | None) -> Sighting | None:
         """Judge what can be listed; None for what is no fine-tune."""
-        links = [p.name for p in (path, *_files_of(path)) if p.is_symlink()]
+        inside = _inside(path) if entry.is_dir() else []
+        links = [shown(e.name) for e in (entry, *inside) if e.is_symlink()]
         if links and not self.config.follow_symlinks:
             return Sighting(
                 entry.name,
-                f"link-{shown(links[0])}"[:80],
+                f"link-{links[0]}"[:80],
                 entry.stat(follow_symlinks=False).st_mtime,
                 refused="symlink",
-                waiting_for=f"{shown(links[0])} is a symbolic link; follow_symlinks: true allows it",
+                waiting_for=f"{links[0]} is a symbolic link; follow_symlinks: true allows it",
             )
-        if not path.is_dir() and not (path.is_file() and entry.name.endswith(".safetensors")):
+        if not entry.is_dir() and not (entry.is_file() and entry.name.endswith(".safetensors")):
             return None
-        fingerprint, modified = _fingerprint(path)
+        fingerprint, modified = _fingerprint(path, inside)
         return self._ready_or_waiting(entry.name, path, fingerprint, modified, known)
 
     def _ready_or_waiting(
@@ -252,26 +254,36 @@ def open_source(part: DirectorySource, config: Config, beat: Callable[[], None])
     return Directory(part, beat, sidecar=sidecar, most_bytes=headers.most_bytes(config.base_path))
 
 
-def _files_of(path: Path) -> list[Path]:
+def _inside(path: Path) -> list[os.DirEntry[str]]:
     """List the files directly in a folder; folders inside a fine-tune are not entered."""
-    if not path.is_dir():
-        return []
     with os.scandir(path) as entries:
         first = list(islice(entries, headers.MAX_FILES + 1))
     if len(first) > headers.MAX_FILES:
         many = f"it holds more than {headers.MAX_FILES:,} files"
         raise Refused("malformed", many, hint="publish the model alone, without what its training left")
-    return sorted(path / entry.name for entry in first if not entry.is_dir(follow_symlinks=False))
+    found = [entry for entry in first if not entry.is_dir(follow_symlinks=False)]
+    return sorted(found, key=operator.attrgetter("name"))
 
 
-def _fingerprint(path: Path) -> tuple[str, float]:
-    """Sum up inode, size and times of every file that matters, and give the latest modification."""
-    relevant = [p for p in _files_of(path) if not p.name.startswith(".")] if path.is_dir() else [path]
-    facts, modified = [], path.stat().st_mtime
-    for file in relevant:
-        found = file.stat()
+def _files_of(path: Path) -> list[Path]:
+    """List the files directly in a folder; none of a file."""
+    return [path / entry.name for entry in _inside(path)] if path.is_dir() else []
+
+
+def _fingerprint(path: Path, inside: Sequence[os.DirEntry[str]] | None = None) -> tuple[str, float]:
+    """Sum up inode, size and times of every file that matters, and give the latest modification.
+
+    inside  the files of a folder, where they were just listed
+    """
+    itself = path.stat()
+    relevant = [(path.name, itself)]
+    if stat.S_ISDIR(itself.st_mode):
+        listed = _inside(path) if inside is None else inside
+        relevant = [(entry.name, entry.stat()) for entry in listed if not entry.name.startswith(".")]
+    facts, modified = [], itself.st_mtime
+    for name, found in relevant:
         if stat.S_ISREG(found.st_mode):
-            facts.append((file.name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            facts.append((name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
             modified = max(modified, found.st_mtime)
     return hashlib.sha256(repr(facts).encode()).hexdigest(), modified
 

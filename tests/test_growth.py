@@ -1,0 +1,180 @@
+"""An arrival after thousands of others asks as little of ledger and manifests as the second did."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import models
+import pytest
+from faults import soak
+
+from streammerge import operations, promote, recovery, reports, screen, snapshots, turns
+from streammerge.config import Config
+from streammerge.engine import Engine
+from streammerge.errors import Damaged
+from streammerge.metrics import Metrics
+from streammerge.sources import open_source
+from streammerge.targets import open_target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from streammerge.merging import Merge
+
+MANY = 3000
+STEPS = 100  # of SQLite's machine, from one count to the next
+LONG_AGO = 1.0
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Iterator[Merge]:
+    """A merge with a folder as its source and a target that confirms everything."""
+    base = models.make_base(tmp_path / "base")
+    (tmp_path / "fine-tunes").mkdir()
+    for number in range(3):
+        models.make_fine_tune(tmp_path / "fine-tunes" / f"ft{number}", base, seed=number + 1)
+    config = Config.model_validate(
+        {
+            "base": tmp_path / "base", "store": tmp_path / "store", "reserve": "1MB", "threads": 1,
+            "method": "average", "archive": "keep", "keep": 2, "grace": "1h",
+            "sources": [
+                {"name": "team", "type": "directory", "path": tmp_path / "fine-tunes", "settle": "0s"}
+            ],
+            "targets": [{"name": "server", "type": "exec", "argv": ["true"]}],
+        }
+    )  # fmt: skip
+    recovery.prepare_folder(config)
+    metrics = Metrics(screen.REASONS)
+    found = recovery.open_merge(config, Engine(device="cpu", threads=1), metrics)
+    yield found
+    found.ledger.close()
+
+
+def look(merge: Merge) -> None:
+    """Look at the folder."""
+    [part] = merge.config.sources
+    turns.look_at(merge, open_source(part, merge.config), lambda _name, _seconds: None)
+
+
+def arrive(merge: Merge) -> None:
+    """Fold one fine-tune, tell the target, and be scraped."""
+    [part] = merge.config.sources
+    assert turns.work_once(merge, {"team": open_source(part, merge.config)})
+    promote.deliver(merge, [open_target(merge.config.targets[0], merge.config)])
+    turns.refresh(merge)
+
+
+def steps(merge: Merge, work: Callable[[Merge], None]) -> int:
+    """Count the steps of SQLite's machine that some work takes."""
+    count = 0
+
+    def tick() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    merge.ledger._db.set_progress_handler(tick, STEPS)
+    work(merge)
+    merge.ledger._db.set_progress_handler(None, STEPS)
+    return count * STEPS
+
+
+def add_history(merge: Merge) -> None:
+    """Write down what thousands of arrivals leave in the ledger."""
+    ledger = merge.ledger
+    with ledger.transaction():
+        for number in range(100, 100 + MANY):
+            digest = f"{number:064x}"
+            ledger.announce(
+                "gone", f"old{number}", digest[-16:], state="folded", step="folded", digest=digest,
+                version=number, published_at=LONG_AGO,
+            )  # fmt: skip
+            ledger.write(
+                "insert into snapshots (version, digest, state, count, added, removed, sealed_at) "
+                "values (?, ?, 'collected', 1, '[]', '[]', ?)",
+                number, digest, LONG_AGO,
+            )  # fmt: skip
+            promotion = ledger.write(
+                "insert into promotions (version, digest, cause, intended_at, switched_at) "
+                "values (?, ?, 'fold', ?, ?)",
+                number, digest, LONG_AGO, LONG_AGO,
+            )  # fmt: skip
+            ledger.write(
+                "insert into outbox (promotion, target, version, state) values (?, 'server', ?, 'done')",
+                promotion, number,
+            )  # fmt: skip
+
+
+def test_the_ledger_is_asked_as_little_after_thousands_as_after_one(merge: Merge) -> None:
+    """What a fold, a delivery and a scrape read of the ledger is the rows of this arrival, not of all."""
+    look(merge)
+    arrive(merge)
+    second = steps(merge, arrive)
+    add_history(merge)
+    assert steps(merge, arrive) < 2 * second + 5 * MANY  # of what is archived: its id
+    assert merge.head.version == 100 + MANY
+
+
+def test_a_look_that_finds_nothing_new_writes_one_row(merge: Merge) -> None:
+    """What a look sees unchanged is passed over; what a person took up again is still superseded."""
+    look(merge)
+    arrive(merge)
+    before = merge.ledger._db.total_changes
+    look(merge)
+    assert merge.ledger._db.total_changes == before + 1  # when the source was seen last
+
+    merge.ledger.announce("team", "ft0", "another", state="pending")
+    look(merge)
+    states = {row["revision"]: row["state"] for row in merge.ledger.fine_tunes() if row["name"] == "ft0"}
+    assert states.pop("another") == "superseded"
+    assert states.popitem()[1] == "folded"
+
+
+def test_what_went_and_came_back_unchanged_is_announced_again(merge: Merge, tmp_path: Path) -> None:
+    """A row that says `gone` is no row that needs no second thought."""
+    look(merge)
+    (tmp_path / "fine-tunes" / "ft1").rename(tmp_path / "ft1")
+    look(merge)
+    assert reports.match_fine_tune(merge.ledger.fine_tunes(), "ft1")["state"] == "gone"
+    (tmp_path / "ft1").rename(tmp_path / "fine-tunes" / "ft1")
+    look(merge)
+    assert reports.match_fine_tune(merge.ledger.fine_tunes(), "ft1")["state"] == "pending"
+
+
+def test_a_manifest_is_parsed_once_and_again_when_it_changed(merge: Merge) -> None:
+    """What is remembered of a sealed manifest never stands in for one that was tampered with."""
+    look(merge)
+    arrive(merge)
+    head = merge.head
+    assert merge.head.manifest is head.manifest
+    path = head.path / "manifest.json"
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(whole.replace(b'"ft0"', b'"ft9"'))
+    os.utime(path, (LONG_AGO, LONG_AGO))
+    with pytest.raises(Damaged, match="not the one that was sealed"):
+        snapshots.read(head.path)
+    path.write_bytes(whole)
+    assert snapshots.read(head.path).manifest == head.manifest
+
+
+def test_the_inbox_keeps_what_is_archived_and_waiting_and_nothing_else(merge: Merge) -> None:
+    """Tidying asks which folders may stay; one whose fine-tune is out of the merge goes."""
+    look(merge)
+    arrive(merge)
+    arrive(merge)
+    [one, two, _] = merge.ledger.fine_tunes()
+    stranger = merge.store.inbox / "77"
+    stranger.mkdir()
+    merge.ledger.update_fine_tune(two["id"], state="denied")
+    operations.gc(merge)
+    assert [path.name for path in merge.store.inbox.iterdir()] == [str(one["id"])]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_short_soak(tmp_path: Path) -> None:
+    """Over many arrivals, kills and failures each good content gets in exactly once, and nothing grows."""
+    assert soak.measure(tmp_path, "short").differences == []
