@@ -22,16 +22,7 @@ def measured(work: Path) -> Findings:
     coverage = [sys.executable, "-m", "coverage"]
     stored = f"--data-file={work / 'coverage'}"
     included = "--include=" + ",".join(f"streammerge/{name}.py" for name in PARSERS)
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:randomly",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={work / 'tmp'}",
-    ]
+    plain = ["-p", "no:randomly", "-p", "no:cacheprovider", f"--basetemp={work / 'tmp'}"]
     ran = subprocess.run(
         [*coverage, "run", "--branch", stored, included, "-m", "pytest", "-q", *plain, *FEEDERS],
         cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
