@@ -366,8 +366,8 @@ VARIABLES = [
     b"BASE\n~/x",
 ]
 QUANTITIES = [
-    b"30s", b"1h30m", b"5m", b"20GiB", b"500 MB", b"0.5TiB", b"1e3", b"9" * 400, b"9" * 90 + b"w", b"99999999TiB",
-    b"-5s", b"9999w",
+    b"30s", b"1h30m", b"5m", b"20GiB", b"500 MB", b"0.5TiB", b"1e3", b"9" * 400, b"9" * 90 + b"w",
+    b"99999999TiB", b"-5s", b"9999w",
 ]  # fmt: skip
 
 PARSERS: dict[str, Parser] = {
