@@ -30,8 +30,8 @@ from documents import (
 from pydantic import BaseModel
 from safetensors.torch import save_file
 
-from streammerge import adapters, errors, ledger, methods, operations, screen
 from streammerge import config as configuration
+from streammerge import errors, ledger, lora, methods, operations, screen
 from streammerge.metrics import DECISIONS, STAGES
 from streammerge.offline import ALLOWABLE
 from streammerge.server import Views, make_app
@@ -284,8 +284,8 @@ def test_what_is_withheld_is_documented() -> None:
 def test_every_adapter_that_is_refused_by_its_settings_is_documented() -> None:
     """docs/adapters.md names each setting under which an adapter is no plain LoRA of its base."""
     named = set(first_words(section("adapters.md", "What is refused"), "setting"))
-    assert set(adapters.UNSUPPORTED) <= named
-    assert set(adapters.INITS_THAT_CHANGE_THE_BASE) <= named
+    assert set(lora.UNSUPPORTED) <= named
+    assert set(lora.INITS_THAT_CHANGE_THE_BASE) <= named
 
 
 def test_every_state_is_documented() -> None:

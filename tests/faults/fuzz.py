@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 
 from faults import Findings
+from faults.branches import measured
 from faults.parsers import PARSERS, Bench
 
 if TYPE_CHECKING:
@@ -194,6 +195,9 @@ def measure(work: Path, scale: str) -> Findings:
     findings.figures.append(("most memory, in MiB", f"{most >> 20:,} (before: {base >> 20:,})"))
     if most > MAX_BYTES:
         findings.differences.append(f"{most:,} bytes of memory were taken, more than {MAX_BYTES:,}")
+    findings.figures += (branches := measured(work)).figures
+    findings.notes += branches.notes
+    findings.differences += branches.differences
     findings.notes.append(
         "An input is right when nothing comes out but what the parser may say (Refused, TryAgain, "
         "ConfigError, a 4xx), in bounded time, and when the safetensors library reads the same from every "

@@ -15,6 +15,7 @@ import attacks
 import models
 import pydantic
 import torch
+from hostile_folders import factors, tuned
 from hypothesis import strategies as st
 from judge import Judge
 from safetensors import SafetensorError, deserialize
@@ -52,9 +53,9 @@ class Bench:
         self.judge = Judge(work)
         self.work = work
         self.heard: list[str] = []
-        good = attacks.factors(self.judge.base)
+        good = factors(self.judge.base)
         self.factors = save(good)
-        self.tuned = attacks.tuned(self.judge.base)
+        self.tuned = tuned(self.judge.base)
 
     def folder(self, name: str, **files: bytes) -> Path:
         """Make a folder with these files, in place of what was there."""
@@ -364,7 +365,10 @@ VARIABLES = [
     b"KNOBS__ALPHA\n0.5",
     b"BASE\n~/x",
 ]
-QUANTITIES = [b"30s", b"1h30m", b"5m", b"20GiB", b"500 MB", b"0.5TiB", b"1e3", b"9" * 400, b"9" * 90 + b"w"]
+QUANTITIES = [
+    b"30s", b"1h30m", b"5m", b"20GiB", b"500 MB", b"0.5TiB", b"1e3", b"9" * 400, b"9" * 90 + b"w",
+    b"99999999TiB", b"-5s", b"9999w",
+]  # fmt: skip
 
 PARSERS: dict[str, Parser] = {
     "header": Parser(feed_header, safetensors_files(), [content for _, content in attacks.HEADERS.values()]),
@@ -382,7 +386,7 @@ PARSERS: dict[str, Parser] = {
     "adapter weights": Parser(
         feed_adapter_weights,
         factor_files(),
-        [save(attacks.factors({models.SQUARE: torch.empty(16, 16)})), attacks.file({}), b"PK"],
+        [save(factors({models.SQUARE: torch.empty(16, 16)})), attacks.file({}), b"PK"],
     ),
     "values": Parser(feed_values, st.binary(min_size=2, max_size=8), [bytes(8), b"\0\0" + b"\xff" * 6]),
     "mark": Parser(feed_mark, near({"version": 1}), [b"{}", attacks.DEEP]),

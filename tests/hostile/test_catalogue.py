@@ -9,8 +9,9 @@ from pathlib import Path
 
 import models
 import pytest
-from attacks import FOLDERS, NAMES, PLAIN_NAMES, Attack, tuned
+from attacks import NAMES, PLAIN_NAMES
 from daemons import DEADLINE_SECONDS, Facts, Site, until
+from hostile_folders import FOLDERS, Attack, tuned
 from judge import Judge
 
 from streammerge import screen
