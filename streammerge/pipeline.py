@@ -383,15 +383,14 @@ def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> boo
         raise ConfigError(
             f"the base itself does not pass: {verdict.reasons[0]}", hint="correct the gate or its limits"
         )
+    why = "; ".join(verdict.reasons)
     added, _ = changes(merge, candidate)
     row = replay.row_of(merge, added[-1]) if added and not asked_for else None
-    with merge.ledger.transaction():
-        merge.ledger.update_snapshot(candidate.version, state="refused", note="; ".join(verdict.reasons))
+    with merge.ledger.transaction():  # else a kill in between has it folded once more, to be refused again
+        merge.ledger.update_snapshot(candidate.version, state="refused", note=why)
         if row:
-            refusal = Refused(
-                "quality", "; ".join(verdict.reasons), hint="`streammerge fine-tunes retry` folds it again"
-            )
-            set_aside(merge, row, "quarantined", refusal)
+            hint = "`streammerge fine-tunes retry` folds it again"
+            set_aside(merge, row, "quarantined", Refused("quality", why, hint=hint))
     merge.metrics.folds.labels("refused").inc()
     tidy(merge)
     return False

@@ -316,9 +316,11 @@ def measure(work: Path, scale: str) -> Findings:
         tally.say(stage.operation.name)
     findings = Findings("Killed anywhere, does it end as undisturbed?", differences=tally.differences)
     unpassed = sorted(set(STEPS) - met)
+    pairs = sum(len(stage.undisturbed.passed) for stage in stages.values())
     findings.figures = [
         ("steps with a name", f"{len(STEPS)}, of which passed {len(STEPS) - len(unpassed)}"),
         ("operations", f"{len(stages)}"),
+        ("pairs of the two that are passed without a daemon", f"{pairs} of {len(STEPS) * len(stages)}"),
         ("killed at a step, `run --once` or the command itself", f"{tally.counts['at a step']:,}"),
         ("killed at a step, the daemon", f"{tally.counts['daemon at a step']:,}"),
         ("killed before a single effect", f"{tally.counts['before an effect']:,}"),
