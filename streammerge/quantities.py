@@ -42,7 +42,7 @@ def parse_duration(value: object) -> float:
 def parse_size(value: object) -> int:
     """Read "20GiB", "500 MB" or a number of bytes."""
     text = _short(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE | re.ASCII)
     if isinstance(value, bool) or not match:
         raise ValueError(f"{value!r} is no size; write for example 20GiB or 500MB")
     size = float(match[1]) * UNIT_BYTES[(match[2] or "B").upper()]
