@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -178,8 +179,8 @@ def build(
         raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
     judge(merge, row, incoming, measured, kept)
     reached("folded")
-    entry = {
-        "name": row["name"], "source": row["source"], "revision": row["revision"],
+    entry = {  # what every version lists and this process remembers
+        "name": row["name"], "source": sys.intern(row["source"]), "revision": row["revision"],
         "digest": row["digest"], "weight": row["factor"],
     }  # fmt: skip
     manifest, hashes = render(merge, state, [*kept, entry], head, version, building, measured, model)

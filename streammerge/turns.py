@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import (
+    allocator,
     aside,
     collect,
     machine,
@@ -159,6 +160,8 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
         raise
     except TryAgain as exc:
         aside.put_back(merge, row, exc)
+    finally:
+        allocator.give_back()
     return True
 
 

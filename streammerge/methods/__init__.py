@@ -215,8 +215,9 @@ def keeps_sum(name: str, knobs: Mapping[str, Any]) -> bool:
 def can_unfold(name: str, knobs: Mapping[str, Any]) -> bool:
     """Whether a fine-tune is taken out by subtraction; otherwise what came after it is folded again."""
     method = load(name)
-    removable = getattr(method, "removable", lambda: True)
-    return hasattr(method, "unfold") and bool(removable(**accepted(removable, knobs)))
+    removable = getattr(method, "removable", None)
+    is_removable = removable is None or bool(removable(**accepted(removable, knobs)))
+    return hasattr(method, "unfold") and is_removable
 
 
 def removal(name: str, knobs: Mapping[str, Any]) -> Literal["subtract", "replay"]:
