@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import files, machine, methods, pipeline, promote, reports, snapshots, unfinished
-from streammerge.collect import mark_damaged, tidy, tidy_inbox
+from streammerge.collect import mark_damaged, tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
@@ -188,10 +188,7 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     ledger.write(  # whoever starts it may have mended what failed
         "update fine_tunes set next_try_at = 0 where state = 'pending' and attempts > 0"
     )
-    if forgiving:
-        tidy_inbox(merge)  # what may go is not known while head cannot be read
-    else:
-        tidy(merge)
+    tidy_inbox(merge)
     pipeline.refresh_merge_metrics(merge, merge.head)
 
 

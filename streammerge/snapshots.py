@@ -91,11 +91,11 @@ class Store:
         for folder, mode in (
             (self.root, shared), (self.snapshots, shared), (self.inbox, private), (self.candidates, private),
         ):  # fmt: skip
-            if not folder.is_dir():
+            is_there = folder.is_dir()
+            if not is_there:
                 files.make_folder(folder, mode)
-        if not self.exists:  # the first start, or one after it that was cut off
-            files.fsync_folder(self.root.parent)
-            files.fsync_folder(self.root)
+            if not (is_there and self.exists):  # a first start may have been cut off in between
+                files.fsync_folder(folder.parent)
 
     def read_settings(self) -> dict[str, Any]:
         """Read store.json."""

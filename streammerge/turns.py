@@ -71,7 +71,8 @@ def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], Non
 def check_served(merge: Merge) -> list[Path]:
     """Before the first fold after a start: head and current must be, byte for byte, what was sealed.
 
-    Gives the other versions, which are checked while there is nothing else to do.
+    Only then goes what a kill left that was to go. Gives the other versions, which are checked while there is
+    nothing else to do.
     """
     started = time.monotonic()
     recovery.drop_damaged(merge, content=True)
@@ -83,6 +84,7 @@ def check_served(merge: Merge) -> list[Path]:
         versions=[path.name for path in sorted(wanted)],
         seconds=round(time.monotonic() - started, 3),
     )
+    collect.tidy(merge)
     return [path for path in snapshots.folders(merge.store.snapshots) if path not in wanted]
 
 

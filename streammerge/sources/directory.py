@@ -110,9 +110,10 @@ class Directory:
 
     def _judge(self, entry: os.DirEntry[str], path: Path, known: Known | None) -> Sighting | None:
         """Judge what can be listed; None for what is no fine-tune."""
-        inside = _inside(path) if entry.is_dir() else []
+        follow = self.config.follow_symlinks
+        inside = _inside(path) if entry.is_dir(follow_symlinks=follow) else []
         links = [shown(e.name) for e in (entry, *inside) if e.is_symlink()]
-        if links and not self.config.follow_symlinks:
+        if links and not follow:
             return Sighting(
                 entry.name,
                 f"link-{links[0]}"[:80],
