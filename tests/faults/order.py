@@ -67,6 +67,8 @@ class Store:
             if call.path.name == LOG and self.root / LEDGER in self.bytes:
                 yield f"{LOG} went before {LEDGER} was fsynced ({call.number})"
             self.forget(call.path)
+        elif call.other == self.root:  # the store itself, made under another name
+            self.names.add(self.root)
         elif name in ("rename", "renameat", "renameat2"):
             yield from self.rename(call)
 
@@ -118,7 +120,11 @@ class Store:
 def breaches(calls: Iterable[Call], root: Path, *, is_faulted: bool = False) -> list[str]:
     """Everything in the account of one store that a power cut could have turned into a loss."""
     store = Store(root, is_faulted)
-    below = (call for call in calls if call.path.is_relative_to(root) or call.path == root.parent)
+    below = (
+        call
+        for call in calls
+        if call.path.is_relative_to(root) or call.path == root.parent or call.other == root
+    )
     found = [breach for call in below for breach in store.play(call)]
     return [*found, *store.end()]
 
