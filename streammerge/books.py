@@ -167,7 +167,8 @@ class Books:
         """The fine-tunes that the ledger calls folded are those in head's manifest."""
         head = self.found.get(self.head)
         if head is None:
-            if self.rows and not self.head:
+            was_accepted = any(row["state"] not in ("candidate", "refused") for row in self.rows.values())
+            if was_accepted and not self.head:
                 yield Finding(f"{self.store.ledger} names no head", ONE_MOMENT)
             elif (
                 self.head

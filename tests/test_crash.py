@@ -93,6 +93,11 @@ def test_a_command_killed_half_way_is_done_once(stages: Callable[[str], Stage], 
     assert kills.killed_at(stages(name), Blow(step)) == []
 
 
+def test_killed_before_the_first_version_counts(full_weights: Stage) -> None:
+    """A store whose version 0 is sealed and not accepted has no head, which is no damage."""
+    assert kills.killed_at(full_weights, Blow("recorded")) == []
+
+
 def test_a_daemon_killed_at_a_rollback_goes_on_with_it(stages: Callable[[str], Stage]) -> None:
     """The next daemon switches `current`, and the command is answered."""
     assert kills.daemon_killed_at(stages("rolled back"), Blow("intended")) == []

@@ -149,25 +149,6 @@ def test_the_daemon_retracts_during_a_hold_and_keeps_it(tmp_path: Path) -> None:
     assert [row["removed"] for row in history if row["removed"]] == [["ant"]]
 
 
-STEPS = ("folded", "rendered", "recorded", "gated", "switched")
-
-
-@pytest.mark.parametrize(
-    "step", ["sealed", "accepted", *(pytest.param(s, marks=pytest.mark.slow) for s in STEPS)]
-)
-def test_killed_at_any_step_it_is_done_once(step: str, tmp_path: Path) -> None:
-    """A retract cut off anywhere is finished at the next start: once, and the command is answered."""
-    site = Site(tmp_path / "site", source={"settle": "0s"}, archive="keep")
-    for number, name in enumerate(("ant", "bee", "cat"), 1):
-        site.publish(name, number)
-        site.once()
-    site.run("retract", "bee", "--yes", code=None, env={"STREAMMERGE_KILL_AT": step})
-    site.once()
-    assert site.served == ["ant", "cat"]
-    assert site.states() == {"ant": "folded", "bee": "retracted", "cat": "folded"}
-    assert site.run("verify").returncode == 0
-
-
 def test_rebuild_makes_a_new_store_by_another_method(tmp_path: Path) -> None:
     """The same fine-tunes in the same order give what a store made by that method would hold; exact."""
     shop, other = Shop(tmp_path / "shop", "opcm"), Shop(tmp_path / "other", "ties")
