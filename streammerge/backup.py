@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 5  # how often the ledger is read again because what it named was collected meanwhile
 PRESENT = ("accepted", "rolled_back")
-BEGUN = frozenset({"lock", "inbox", "candidates", "snapshots", "base", "base.part", ".ledger.db.new"})
+BEGUN = snapshots.BEGUN | {".ledger.db.new"}
 
 
 @dataclass

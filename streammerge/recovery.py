@@ -117,9 +117,7 @@ def prepare_folder(config: Config) -> Store:
             hint="run `streammerge restore` again; it goes on where it was",
         )
     if not store.exists and store.root.is_dir():
-        folders = {"inbox", "candidates", "snapshots"}
-        begun = {f".{name}.tmp" for name in (*folders, "store.json")}
-        strange = {p.name for p in store.root.iterdir()} - folders - begun - {"lock", "base", "base.part"}
+        strange = {p.name for p in store.root.iterdir()} - snapshots.BEGUN
         if strange:
             raise ConfigError(
                 f"store {config.store} is no store and holds {min(strange)}",

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
+FOLDERS = ("inbox", "candidates", "snapshots")
+BEGUN = frozenset(  # what a store that is still being made may hold
+    {"lock", "base", "base.part", *FOLDERS, *(f".{name}.tmp" for name in (*FOLDERS, "store.json"))}
+)
 RESTORING = ".restoring"  # in a store that `streammerge restore` has begun
 Stamp = tuple[int, int, int, int, int]  # of a file: it changes with the content
 FOLDER = re.compile(r"^(\d{6,})-([0-9a-f]{12})$")
