@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import collect, figures, files, pipeline, promote, reports, snapshots, unfinished
+from streammerge import acceptance, collect, figures, files, pipeline, promote, reports, snapshots, unfinished
 from streammerge.errors import Damaged, DiskFails, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.steps import reached
@@ -117,7 +117,7 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     relabel_fine_tunes(merge, chosen, removed)
     promote.intend(merge, chosen, "rollback")
     merge.metrics.held.set(1)
-    pipeline.refresh_merge_metrics(merge, chosen)
+    acceptance.refresh_merge_metrics(merge, chosen)
     names = [entry["name"] for entry in old.fine_tunes if entry["digest"] in removed]
     return {"version": chosen.version, "from": old.version, "denied": names, "held": True}
 
@@ -258,7 +258,7 @@ def retract(merge: Merge, *, name: str) -> dict[str, Any]:
                 hint="`streammerge fine-tunes` shows what is folded",
             )
         candidate = pipeline.without(merge, head, places)
-        if pipeline.conclude(merge, candidate, asked_for=True):
+        if acceptance.conclude(merge, candidate, asked_for=True):
             return {**answer, "version": candidate.version, "state": "retracted"}
         refused = merge.ledger.snapshot(candidate.version) or {}
         if not str(refused.get("note", "")).startswith("discarded"):

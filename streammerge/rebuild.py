@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from streammerge import files, machine, methods, pipeline, recovery, replay, reports, screen, snapshots
+from streammerge import (
+    acceptance,
+    files,
+    machine,
+    methods,
+    pipeline,
+    recovery,
+    replay,
+    reports,
+    screen,
+    snapshots,
+)
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged, StreammergeError
 from streammerge.metrics import Metrics
@@ -145,7 +156,7 @@ def fold_all(merge: Merge, head: Snapshot) -> dict[str, Any]:
         candidate = pipeline.left_sealed(merge, merge.head, entries) or pipeline.along(
             merge, merge.head, replay.all_of(entries), entries
         )
-        if not pipeline.conclude(merge, candidate, asked_for=True):
+        if not acceptance.conclude(merge, candidate, asked_for=True):
             note = (merge.ledger.snapshot(candidate.version) or {}).get("note")
             raise StreammergeError(f"the new merge is refused: {note}", hint="nothing was changed")
     return {

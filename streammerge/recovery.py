@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, machine, methods, pipeline, promote, reports, snapshots, unfinished
+from streammerge import acceptance, files, machine, methods, pipeline, promote, reports, snapshots, unfinished
 from streammerge.collect import mark_damaged, tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
@@ -187,7 +187,7 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
         "update fine_tunes set next_try_at = 0 where state = 'pending' and attempts > 0"
     )
     tidy_inbox(merge)
-    pipeline.refresh_merge_metrics(merge, merge.head)
+    acceptance.refresh_merge_metrics(merge, merge.head)
 
 
 def drop_damaged(merge: Merge, *, content: bool = False) -> None:
@@ -219,7 +219,7 @@ def start_with_base(merge: Merge) -> None:
     sealed = snapshots.folders(merge.store.candidates)
     if sealed:
         unfinished.record_candidates(merge)
-        pipeline.conclude(merge, snapshots.read(sealed[0]))
+        acceptance.conclude(merge, snapshots.read(sealed[0]))
     else:
         pipeline.first_version(merge)
 

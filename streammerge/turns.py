@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import (
+    acceptance,
     allocator,
     aside,
     collect,
@@ -183,7 +184,7 @@ def conclude_open(merge: Merge) -> None:
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
         try:
             with machine.errors("accepting", merge.store.root):
-                pipeline.conclude(merge, snapshots.read(path))
+                acceptance.conclude(merge, snapshots.read(path))
             merge.unable = None
         except Stopped:
             raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, pipeline, promote, snapshots
+from streammerge import acceptance, files, promote, snapshots
 from streammerge.errors import Damaged
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def record_candidates(merge: Merge) -> None:
     for path in snapshots.folders(merge.store.candidates):
         if merge.ledger.snapshot(int(path.name.split("-")[0])) is None:
             files.fsync_folder(merge.store.candidates)  # it may have been cut off before that
-            pipeline.record_candidate(merge, snapshots.read(path))
+            acceptance.record_candidate(merge, snapshots.read(path))
 
 
 def accept_trailing(merge: Merge) -> None:
@@ -50,5 +50,5 @@ def accept_trailing(merge: Merge) -> None:
             )
         files.fsync_folder(merge.store.snapshots)  # it may have been cut off before that
         files.fsync_folder(merge.store.candidates)
-        pipeline.record_accepted(merge, snapshot)
+        acceptance.record_accepted(merge, snapshot)
         log.info("recovery.accepted", version=version)
