@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sqlite3
+import sys
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ STEPS = (
 )
 ARRIVES = {"later": 1}  # before which step; all others are there from the beginning
 ERRORS = (errno.ENOSPC, errno.EIO)
+SAID_EVERY = 50  # calls
 AGAIN = 3  # how often the same command may have to be typed
 ALLOWED = (0, 75)  # it worked all the same; try again
 TABLES = ("fine_tunes", "snapshots", "promotions", "outbox", "denied", "facts", "sightings")
@@ -271,7 +273,9 @@ def measure(work: Path, scale: str) -> Findings:
         findings.differences += breaches([c for calls in journey.calls for c in calls], journey.site.store)
         injected: Counter[str] = Counter()
         missed = 0
-        for step, call, stays in chosen(journey, scale):
+        for number, (step, call, stays) in enumerate(chosen(journey, scale)):
+            if number % SAID_EVERY == 0:
+                sys.stderr.write(f"  {number} calls, {len(findings.differences)} differences\n")
             for error in ERRORS:
                 failed, wrong = journey.disturbed(step, call, error, stays=stays)
                 name = f"{errno.errorcode[error]}{', and all after it' if stays else ''}"
