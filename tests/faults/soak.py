@@ -322,9 +322,10 @@ class Soak:
             ("ledger per fine-tune", f"{slope([[(r.count, r.ledger) for r in readings]])} bytes"),
             ("store at the end", f"{tree_bytes(self.site.store) / 1e6:,.1f} MB"),
         ]
+        lived = [life for life in warm if life]  # the first of the long form ends before it is warm
         for name in ("descriptors", "threads", "series"):
             first, last = (
-                round(statistics.median(getattr(r, name) for r in life)) for life in (warm[0], warm[-1])
+                round(statistics.median(getattr(r, name) for r in life)) for life in (lived[0], lived[-1])
             )
             figures.append((f"{name}, first and last life", f"{first} and {last}"))
             if last > first * 1.05 + 2:
