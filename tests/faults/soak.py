@@ -87,7 +87,7 @@ class Scale:
 # show gross ones only. The last life of the long form is long.
 SCALES = {
     "short": Scale((50, 50, 50), warm=25, bound=1 << 16, every=5, seconds=300),
-    "full": Scale((150, *[250] * 8, 900), warm=150, bound=1 << 10, every=10, seconds=2700),
+    "full": Scale((200, *[250] * 8, 900), warm=150, bound=1 << 10, every=10, seconds=2700),
 }
 
 
