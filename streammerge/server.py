@@ -173,7 +173,7 @@ class Server:
     """Serves an app on its own thread from the moment it is made until `stop`."""
 
     def __init__(self, app: Starlette, address: tuple[str, int], *, setting: str = "http.listen") -> None:
-        """Bind the port at once: a taken port is a ConfigError before anything else starts.
+        """Open the port at once: a taken port is a ConfigError before anything else starts.
 
         Port 0 is any free one, `address` has it then; `setting` is where a person would change it.
         """
@@ -184,6 +184,7 @@ class Server:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((host, port))
+            self._socket.listen()  # who comes before the thread is up waits, and is not turned away
         except (OSError, OverflowError, TypeError, ValueError) as exc:  # the last two for what is no host
             self._socket.close()
             raise ConfigError(

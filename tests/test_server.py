@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import subprocess
 import threading
 from html.parser import HTMLParser
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 from daemons import SOURCE, Daemon, Site, until
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
 
 from streammerge import metrics, screen
+from streammerge.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -169,6 +172,16 @@ def test_json_is_that_of_the_command_line(daemon: Daemon) -> None:
     failing = status["targets"][1]
     assert (failing["name"], failing["state"], failing["snapshot"]) == ("failing", "failing", None)
     assert "exit 1" in failing["error"]
+
+
+def test_the_port_answers_from_the_first_moment() -> None:
+    """Who is told that the daemon is ready finds its port open, however soon they come."""
+    server = Server(Starlette(), ("127.0.0.1", 0))
+    try:
+        with socket.create_connection(server.address, timeout=10):
+            pass
+    finally:
+        server.stop()
 
 
 def test_health(daemon: Daemon) -> None:
