@@ -1,4 +1,4 @@
-"""A few thousand elements of a delta, by which two fine-tunes are compared when neither is at hand.
+"""A few hundred elements of a delta, by which two fine-tunes are compared when neither is at hand.
 
 The places depend on a weight's size alone, so every fine-tune of one base is sampled alike. Weights count by
 their length: an element that stands for many is scaled, and products of samples estimate those of deltas.
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from streammerge.linalg import Delta
 
-ELEMENTS = 2048  # in all, at least one of each weight
+ELEMENTS = (
+    512  # in all, at least one of each weight: 1 KB of each fine-tune, and each arrival reads all of them
+)
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples spread evenly, whatever the length of a row
 ENOUGH = 32  # places at which both must differ from the base to be compared
 
@@ -50,8 +52,11 @@ def taken(delta: Delta, start: int, stop: int, chosen: Tensor, elements: int) ->
 
 
 def packed(parts: Sequence[Tensor]) -> bytes:
-    """Put the samples of all weights together as float32 in this machine's order of bytes."""
-    return array("f", torch.cat([part.cpu() for part in parts]).tolist()).tobytes() if parts else b""
+    """Put the samples of all weights together as bfloat16 in this machine's order of bytes."""
+    if not parts:
+        return b""
+    rounded = torch.cat([part.cpu() for part in parts]).to(torch.bfloat16)
+    return array("h", rounded.view(torch.int16).tolist()).tobytes()
 
 
 def cosines(one: bytes, others: Sequence[bytes]) -> list[float]:
@@ -65,4 +70,4 @@ def cosines(one: bytes, others: Sequence[bytes]) -> list[float]:
 
 
 def _unpacked(packs: Sequence[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(packs)), dtype=torch.float32).reshape(len(packs), -1).double()
+    return torch.frombuffer(bytearray(b"".join(packs)), dtype=torch.bfloat16).reshape(len(packs), -1).double()

@@ -236,7 +236,7 @@ def test_a_backup_while_the_daemon_folds_can_be_restored(tmp_path: Path) -> None
     site.configure(store="./restored", targets=[{"name": "hook", "type": "exec", "argv": ["true"]}])
     config, _ = configfile.load(site.config)
     restored = backup.restore(config, place, quiet)
-    assert verify.verify(config) == []
+    assert [finding for finding in verify.verify(config) if finding.is_damage] == []
     with site.daemon() as daemon:
         daemon.until_state(dict.fromkeys(names, "folded"))
         until(lambda: daemon.ask("status")["targets"][0]["state"] == "confirmed", "the target is told")

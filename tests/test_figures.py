@@ -295,7 +295,7 @@ def test_samples_tell_how_alike_two_deltas_are() -> None:
         return samples.packed([samples.taken(d, 0, d.numel(), at, d.numel()) for d, at in parts])
 
     packs = [sample(one), sample(other), sample([-a for a in one])]
-    assert all(len(pack) <= 4 * samples.ELEMENTS for pack in packs)
+    assert all(len(pack) <= 2 * samples.ELEMENTS for pack in packs)
     assert samples.cosines(packs[0], packs) == pytest.approx([1.0, 0.6, -1.0], abs=0.06)
     few = [torch.zeros_like(a) for a in one]
     few[2][:20] = 1.0
@@ -308,7 +308,7 @@ def test_a_sample_is_the_same_in_panels_and_of_factors() -> None:
     factors = LowRank(torch.randn(64, 4, generator=random), torch.randn(4, 96, generator=random))
     whole, elements = dense(factors), 64 * 96
     chosen = samples.places(elements, 5)
-    assert 300 < len(chosen) <= samples.ELEMENTS // 5
+    assert 0.9 * samples.ELEMENTS / 5 < len(chosen) <= samples.ELEMENTS // 5
     taken = samples.taken(whole, 0, elements, chosen, elements)
     cut = [samples.taken(whole.reshape(-1)[a : a + 1024], a, a + 1024, chosen, elements)
            for a in range(0, elements, 1024)]  # fmt: skip
