@@ -167,13 +167,9 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
 
 
 def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Which fine-tunes a version has that its parent has not, and the other way round."""
+    """What a version changed, see snapshots.changes; of a parent that is gone only the last is known."""
     parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
-    if parent is None:
-        return snapshot.fine_tunes[-1:], []
-    ours, theirs = set(snapshot.digests), set(parent.digests)
-    added = [entry for entry in snapshot.fine_tunes if entry["digest"] not in theirs]
-    return added, [entry for entry in parent.fine_tunes if entry["digest"] not in ours]
+    return snapshots.changes(snapshot, parent) if parent else (snapshot.fine_tunes[-1:], [])
 
 
 def refresh_merge_metrics(merge: Merge, head: Snapshot) -> None:

@@ -109,10 +109,8 @@ class Books:
         parent = self.by_digest.get(snapshot.parent or "")
         if parent is None:
             return
-        ours, theirs = set(snapshot.digests), set(parent.digests)
-        added = [entry["name"] for entry in snapshot.fine_tunes if entry["digest"] not in theirs]
-        removed = [entry["name"] for entry in parent.fine_tunes if entry["digest"] not in ours]
-        for key, names in (("added", added), ("removed", removed)):
+        for key, entries in zip(("added", "removed"), snapshots.changes(snapshot, parent), strict=True):
+            names = [entry["name"] for entry in entries]
             if json.loads(row[key]) != names:
                 yield self.disagreement(snapshot, key, row[key], json.dumps(names))
 

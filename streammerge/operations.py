@@ -144,7 +144,7 @@ def choose(merge: Merge, head: Snapshot, version: int | None) -> Snapshot:
                 hint="`streammerge history` lists the versions that are there",
             )
         path = by_number
-    number = str(int(path.name.split("-")[0]))
+    number = str(snapshots.number(path))
     marked = merge.ledger.fact("damaged") or {}
     if harm := marked.get(number) or next(snapshots.harm_of(path, content=False), ""):
         raise StreammergeError(f"version {number} is damaged: {harm}", hint="choose another version")

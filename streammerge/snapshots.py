@@ -280,6 +280,13 @@ def line_of(store: Store, digests: Sequence[str]) -> Iterator[Snapshot]:
                 yield found
 
 
+def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Which fine-tunes a version has that its parent has not, and the other way round."""
+    ours, theirs = set(snapshot.digests), set(parent.digests)
+    added = [entry for entry in snapshot.fine_tunes if entry["digest"] not in theirs]
+    return added, [entry for entry in parent.fine_tunes if entry["digest"] not in ours]
+
+
 def folders(parent: Path) -> list[Path]:
     """List the sealed folders of candidates/ or snapshots/ by number, without reading them."""
     if not parent.is_dir():

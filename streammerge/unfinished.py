@@ -29,7 +29,7 @@ def finish(merge: Merge) -> None:
 def record_candidates(merge: Merge) -> None:
     """A candidate that was sealed but not yet recorded: its row is added. Only who seals may ask for it."""
     for path in snapshots.folders(merge.store.candidates):
-        if merge.ledger.snapshot(int(path.name.split("-")[0])) is None:
+        if merge.ledger.snapshot(snapshots.number(path)) is None:
             files.fsync_folder(merge.store.candidates)  # it may have been cut off before that
             acceptance.record_candidate(merge, snapshots.read(path))
 
@@ -37,7 +37,7 @@ def record_candidates(merge: Merge) -> None:
 def accept_trailing(merge: Merge) -> None:
     """A version that was moved into snapshots/ but not yet recorded: its row is added."""
     for path in snapshots.folders(merge.store.snapshots):
-        version = int(path.name.split("-")[0])
+        version = snapshots.number(path)
         row = merge.ledger.snapshot(version)
         if row is not None and row["state"] != "candidate":
             continue
