@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from streammerge.config import FIXED, Config, ExecTarget, Section
+from streammerge.config import FIXED, Config
+from streammerge.config.targets import ExecTarget
 from streammerge.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from streammerge.config.section import Section
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"

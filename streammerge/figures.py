@@ -16,7 +16,7 @@ from streammerge.errors import Quarantined, Refused
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from streammerge.config import (
+    from streammerge.config.screens import (
         CosineScreen,
         GaugeScreen,
         IdentityScreen,

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from streammerge import linalg
-from streammerge.config import FinalizeSection as Finalize
+from streammerge.config.finalize import FinalizeSection as Finalize
 from streammerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streammerge.config import Cap
+    from streammerge.config.finalize import Cap
 
 __all__ = ["Finalize", "apply", "blocks", "share"]
 

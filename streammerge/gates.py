@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import CommandGate, Limit
+    from streammerge.config.gates import CommandGate, Limit
 
 LATER = 75
 

@@ -20,7 +20,8 @@ from rich.progress import Progress
 from streammerge import figures, files, machine, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
-from streammerge.config import DirectorySource, Screens
+from streammerge.config.screens import Screens
+from streammerge.config.sources import DirectorySource
 from streammerge.engine import Engine, Serve
 from streammerge.errors import ConfigError, NoDeviceMemory, Refused
 from streammerge.finalize import Finalize

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge.config import Since
+from streammerge.config.sources import Since
 from streammerge.ledger import iso, now
 from streammerge.sources import Known
 from streammerge.steps import reached
@@ -18,7 +18,7 @@ from streammerge.steps import reached
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from streammerge.config import SourceSection
+    from streammerge.config.sources import SourceSection
     from streammerge.ledger import Ledger, Row
     from streammerge.merging import Merge
     from streammerge.sources import Sighting, Source

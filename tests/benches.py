@@ -14,7 +14,7 @@ from rich.console import Console
 
 from streammerge import figures, finalize, methods, offline, screen
 from streammerge.arriving import Incoming
-from streammerge.config import Screens
+from streammerge.config.screens import Screens
 from streammerge.engine import Engine
 from streammerge.fit import Tolerance
 from streammerge.headers import find

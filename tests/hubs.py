@@ -16,7 +16,8 @@ from daemons import newest
 from safetensors.torch import save
 
 from streammerge import recovery, reports, screen, snapshots, turns
-from streammerge.config import Config, HubSource
+from streammerge.config import Config
+from streammerge.config.sources import HubSource
 from streammerge.engine import Engine
 from streammerge.errors import TryAgain
 from streammerge.metrics import Metrics

@@ -9,7 +9,7 @@ import models
 
 from streammerge import screen
 from streammerge.arriving import Incoming
-from streammerge.config import DirectorySource
+from streammerge.config.sources import DirectorySource
 from streammerge.engine import Engine
 from streammerge.errors import Refused
 from streammerge.fit import Tolerance

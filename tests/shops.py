@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import models
 
 from streammerge import files, methods, once, snapshots
-from streammerge.config import Config, DirectorySource
+from streammerge.config import Config
+from streammerge.config.sources import DirectorySource
 from streammerge.errors import StreammergeError
 from streammerge.ledger import Ledger
 

@@ -9,7 +9,7 @@ import pytest
 from shops import NAMES, Shop
 
 from streammerge import verify
-from streammerge.config import CommandGate
+from streammerge.config.gates import CommandGate
 from streammerge.errors import Damaged, StreammergeError, TryAgain
 from streammerge.ledger import Ledger
 

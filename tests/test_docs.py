@@ -32,6 +32,8 @@ from safetensors.torch import save_file
 
 from streammerge import config as configuration
 from streammerge import errors, ledger, lora, methods, operations, screen
+from streammerge.config.gates import Limit
+from streammerge.config.sources import Since
 from streammerge.metrics import DECISIONS, STAGES
 from streammerge.offline import ALLOWABLE
 from streammerge.server import Views, make_app
@@ -55,10 +57,10 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(kind, f"{prefix}{name}.")
             continue
         yield prefix + name, field
-        if kind == dict[str, configuration.Limit]:
-            yield from keys(configuration.Limit, f"{prefix}{name}.NAME.")
-        elif configuration.Since in get_args(kind):
-            yield from keys(configuration.Since, f"{prefix}{name}.")
+        if kind == dict[str, Limit]:
+            yield from keys(Limit, f"{prefix}{name}.NAME.")
+        elif Since in get_args(kind):
+            yield from keys(Since, f"{prefix}{name}.")
 
 
 def value_of(field: Any, text: str) -> Any:

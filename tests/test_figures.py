@@ -15,7 +15,7 @@ from daemons import Site, newest
 from models import TALL
 
 from streammerge import figures, gauge, reports, samples
-from streammerge.config import Screens
+from streammerge.config.screens import Screens
 from streammerge.errors import Quarantined, Refused
 from streammerge.headers import Entry
 from streammerge.ledger import M001_FIRST, M002_MARKS, Ledger

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_golden import relative_error
 
 from streammerge import linalg, methods
-from streammerge.config import Lines
+from streammerge.config.finalize import Lines
 from streammerge.finalize import Finalize
 from streammerge.methods import dare
 

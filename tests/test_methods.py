@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streammerge import finalize, linalg, methods, plan
-from streammerge.config import Cap
+from streammerge.config.finalize import Cap
 from streammerge.errors import ConfigError
 from streammerge.methods import Arrival, Totals, Weight, dare
 from streammerge.state import statistics_of

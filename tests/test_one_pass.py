@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge import finalize, methods, plan, weights
 from streammerge.arriving import Incoming
-from streammerge.config import Cap, Lines
+from streammerge.config.finalize import Cap, Lines
 from streammerge.engine import Serve
 from streammerge.errors import ConfigError, Refused, Stopped
 from streammerge.headers import find

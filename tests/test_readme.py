@@ -28,6 +28,10 @@ from documents import (
 
 from streammerge import config as configuration
 from streammerge import configfile
+from streammerge.config.finalize import FinalizeSection
+from streammerge.config.gates import Limit
+from streammerge.config.screens import Tensors
+from streammerge.config.sources import DirectorySource
 from streammerge.steps import STEPS
 
 if TYPE_CHECKING:
@@ -57,8 +61,8 @@ def test_the_example_loads_as_it_stands_and_sets_only_what_must_be_set() -> None
     """config/streammerge.yaml is valid; a key that it does not comment out is required or the default."""
     found, _ = configfile.load(EXAMPLE)
     (source,) = found.sources
-    assert isinstance(source, configuration.DirectorySource)
-    plain = configuration.DirectorySource(type="directory", name=source.name, path=source.path)
+    assert isinstance(source, DirectorySource)
+    plain = DirectorySource(type="directory", name=source.name, path=source.path)
     assert found == configuration.Config(base=found.base, store=found.store, sources=(plain,))
 
 
@@ -73,8 +77,8 @@ def test_the_example_has_every_key_at_its_default(tmp_path: Path) -> None:
     assert found == configuration.Config(base=found.base, store=found.store, **lists)
     assert set(raw) == set(configuration.Config.model_fields)
     for name, model in (
-        ("finalize", configuration.FinalizeSection),
-        ("tensors", configuration.Tensors),
+        ("finalize", FinalizeSection),
+        ("tensors", Tensors),
         ("http", configuration.Http),
     ):
         assert set(raw[name]) == set(model.model_fields), name
@@ -86,7 +90,7 @@ def test_the_example_has_every_key_at_its_default(tmp_path: Path) -> None:
                 if not field.is_required() and key not in EXAMPLES:
                     default = field.get_default(call_default_factory=True)
                     assert getattr(part, key) == default, f"{kind}: {part.type}: {key}"
-    assert set(raw["gates"][0]["limits"]["mean"]) == set(configuration.Limit.model_fields)
+    assert set(raw["gates"][0]["limits"]["mean"]) == set(Limit.model_fields)
 
 
 def test_the_example_marks_the_keys_that_a_reload_cannot_change() -> None:

@@ -14,7 +14,8 @@ from models import PROJECTED, SQUARE, WIDE
 from safetensors.torch import save_file
 
 from streammerge import linalg
-from streammerge.config import Cap, Lines, Route
+from streammerge.config import Route
+from streammerge.config.finalize import Cap, Lines
 from streammerge.errors import ConfigError
 from streammerge.finalize import Finalize
 from streammerge.state import read_statistics

@@ -13,7 +13,7 @@ from models import BIAS, BUFFER, EMBEDDING, HEAD, NORM, SQUARE, TALL, WIDE
 
 from streammerge import plan, screen
 from streammerge.arriving import Incoming
-from streammerge.config import DirectorySource
+from streammerge.config.sources import DirectorySource
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Refused, TryAgain
 from streammerge.fit import Tolerance, fit

@@ -16,7 +16,8 @@ from huggingface_hub import constants
 
 from streammerge import configfile, snapshots
 from streammerge.card import card
-from streammerge.config import Config, HubTarget
+from streammerge.config import Config
+from streammerge.config.targets import HubTarget
 from streammerge.devhub import DevHub
 from streammerge.errors import ConfigError, Stopped, TryAgain
 from streammerge.targets import Told, open_target

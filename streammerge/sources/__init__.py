@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import Config, DirectorySource, HubSource
+    from streammerge.config import Config
+    from streammerge.config.sources import DirectorySource, HubSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from streammerge.sources import Look, Sighting
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from streammerge.config import Config, DirectorySource
+    from streammerge.config import Config
+    from streammerge.config.sources import DirectorySource
     from streammerge.sources import Known
 
 REVISION_CHARACTERS = 16

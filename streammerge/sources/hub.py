@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import credentials, headers, methods
-from streammerge.config import Since
+from streammerge.config.sources import Since
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
 from streammerge.hub import ROUTE, Hub
 from streammerge.hubfacts import Repo, is_repo_id
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.config import Config, HubSource
+    from streammerge.config import Config
+    from streammerge.config.sources import HubSource
     from streammerge.hubfacts import File
     from streammerge.sources import Known
 

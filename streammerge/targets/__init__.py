@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from streammerge.config import Config, TargetSection
+    from streammerge.config import Config
+    from streammerge.config.targets import TargetSection
 
 
 @dataclass(frozen=True)

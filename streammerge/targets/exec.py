@@ -14,7 +14,8 @@ from streammerge.errors import TryAgain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from streammerge.config import Config, ExecTarget
+    from streammerge.config import Config
+    from streammerge.config.targets import ExecTarget
     from streammerge.targets import Told
 
 LATER = 75

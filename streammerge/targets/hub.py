@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge import credentials, machine, programs
 from streammerge.card import card
-from streammerge.config import HubSource
+from streammerge.config.sources import HubSource
 from streammerge.errors import ConfigError, TryAgain, Withheld
 from streammerge.headers import MARK
 from streammerge.hub import NO_ACCESS, NO_WRITE, Hub, blob_id, end_silence
@@ -27,7 +27,8 @@ from streammerge.hub import NO_ACCESS, NO_WRITE, Hub, blob_id, end_silence
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from streammerge.config import Config, HubTarget
+    from streammerge.config import Config
+    from streammerge.config.targets import HubTarget
     from streammerge.hubfacts import Repo
     from streammerge.targets import Told
 

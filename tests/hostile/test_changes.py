@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge import files, headers
-from streammerge.config import DirectorySource
+from streammerge.config.sources import DirectorySource
 from streammerge.errors import Refused
 from streammerge.headers import Incomplete, WeightsSet, find, most_bytes
 from streammerge.sources.directory import Directory

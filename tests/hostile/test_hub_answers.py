@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from streammerge.config import HubSource
+from streammerge.config.sources import HubSource
 from streammerge.errors import TryAgain
 from streammerge.hub import Hub
 from streammerge.sources.hub import HubRepositories
