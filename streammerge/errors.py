@@ -12,6 +12,7 @@
     |  +- Stopped           a stop was asked for; the work is redone later
     |  +- Withheld          the place does not give this fine-tune out now; the queue goes on
     |  +- RateLimited       the place asks to be left alone for a while
+    |  +- AnsweredWrong     a serving process answers, and not as the version it was told of should
     +- Refused              this fine-tune never goes in; recorded        the queue goes on
        +- Quarantined       unless a person lets it in
 
@@ -116,6 +117,13 @@ class RateLimited(TryAgain):
             hint="poll less often, or give a token, which has a limit of its own",
         )
         self.seconds = seconds
+
+
+class AnsweredWrong(TryAgain):
+    """A serving process was reached, and does not serve the version it was told of as that should be served.
+
+    Unlike one that cannot be reached, it may say something about the version.
+    """
 
 
 class Refused(StreammergeError):

@@ -96,7 +96,15 @@ create index outbox_by_target on outbox (target, state, id);
 create index outbox_pending on outbox (id) where state = 'pending';
 """
 
-MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES, M004_INDEXES)
+# What gates measured of a version, as {gate: {figure: number}}; what a target said that it serves.
+M005_SERVED = """
+alter table snapshots add column measured text not null default '{}';
+create table served (
+    target text primary key, snapshot text not null, asked_at real not null, error text not null default ''
+) strict, without rowid;
+"""
+
+MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES, M004_INDEXES, M005_SERVED)
 WITH_FIGURES = 3  # an older ledger that is only read has none
 SAMPLES_AT_ONCE = 256
 

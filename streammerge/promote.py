@@ -92,7 +92,7 @@ def deliver(merge: Merge, targets: Sequence[Target]) -> float:
 def next_row(merge: Merge, target: str) -> Row | None:
     """Read the oldest promotion that a target was not told of."""
     return merge.ledger.row(
-        "select outbox.*, promotions.digest, promotions.switched_at from outbox "
+        "select outbox.*, digest, cause, switched_at from outbox "
         "join promotions on promotions.id = outbox.promotion "
         "where target = ? and state = 'pending' and switched_at is not null order by outbox.id limit 1",
         target,
@@ -107,7 +107,8 @@ def attempt(merge: Merge, target: Target, row: Row) -> bool:
         return True
     started = time.monotonic()
     try:
-        target.tell(Told(row["version"], row["digest"], path, f"{row['promotion']}-{row['digest'][:12]}"))
+        delivery = f"{row['promotion']}-{row['digest'][:12]}"
+        target.tell(Told(row["version"], row["digest"], path, delivery, row["cause"]))
     except Stopped:
         raise
     except TryAgain as exc:

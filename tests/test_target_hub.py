@@ -81,7 +81,7 @@ class Place:
             (building / "model" / name).write_bytes(content)
         (building / "state" / "sum.safetensors").write_bytes(b"state")
         sealed = snapshots.accept(self.store, snapshots.seal(self.store, building, facts, {}))
-        return Told(number, sealed.digest, sealed.path, f"1-{sealed.digest[:12]}")
+        return Told(number, sealed.digest, sealed.path, f"1-{sealed.digest[:12]}", "fold")
 
     def target(self, beat: Callable[[], None] = lambda: None, **keys: Any) -> HubRepository:
         """Open the target."""

@@ -70,7 +70,7 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
     for part in settings.targets:
         try:
             open_target(part, settings).tell(
-                Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}")
+                Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}", "test")
             )
             found.append({"name": part.name, "state": "confirmed", "error": None})
         except TryAgain as exc:

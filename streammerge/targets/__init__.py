@@ -22,22 +22,37 @@ if TYPE_CHECKING:
 class Told:
     """What a target is told.
 
-    `delivery` is the same at every retry, so that a repeated telling can be recognised.
+    `delivery` is the same at every retry, so that a repeated telling can be recognised. `cause` is why the
+    version was promoted: first, fold, retract, rollback, answered-wrong; or test.
     """
 
     version: int
     digest: str
     snapshot: Path
     delivery: str
+    cause: str
+
+    @property
+    def label(self) -> str:
+        """The version's name for serving processes: that of its folder, 000042-<digest12>."""
+        return self.snapshot.name
 
 
 class Target(Protocol):
     """One configured place that serves versions."""
 
     name: str
+    takes_all: bool  # every promotion in its order; a serving process needs only the newest
 
     def tell(self, told: Told) -> None:
-        """Return once the version is served; raise TryAgain otherwise."""
+        """Return once the version is served.
+
+        Raises TryAgain where the target cannot be reached or does not do it now, AnsweredWrong where it says
+        that it cannot serve this version, or serves another one after it said that it had taken this one.
+        """
+
+    def serves(self) -> str | None:
+        """Ask what it serves, by label; None where it cannot say. Raises TryAgain if it does not answer."""
 
 
 def open_target(part: TargetSection, config: Config, beat: Callable[[], None] = lambda: None) -> Target:

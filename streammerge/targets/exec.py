@@ -24,6 +24,8 @@ LATER = 75
 class Exec:
     """One command."""
 
+    takes_all = True
+
     def __init__(self, config: ExecTarget, beat: Callable[[], None]) -> None:
         """Keep the configuration."""
         self.name = config.name
@@ -52,6 +54,9 @@ class Exec:
                 f"{(errors or output)[-300:].strip() or 'no output'}",
                 hint="it is told again by itself; `streammerge targets test` tries it now",
             )
+
+    def serves(self) -> None:
+        """A command is told, not asked."""
 
 
 def open_target(part: ExecTarget, config: Config, beat: Callable[[], None]) -> Exec:

@@ -56,6 +56,8 @@ class Job:
 class HubRepository:
     """One repository."""
 
+    takes_all = True
+
     def __init__(self, part: HubTarget, config: Config, beat: Callable[[], None]) -> None:
         """`config` names the base, and the sources whose fine-tunes have a page on a Hub."""
         self.name = part.name
@@ -95,6 +97,9 @@ class HubRepository:
                 f"target {self.name}: the upload failed: {last[-300:]}",
                 hint="it is told again by itself; `streammerge targets test` tries it now",
             )
+
+    def serves(self) -> None:
+        """A branch that somebody else moved is put right by the next version."""
 
     def job(self, told: Told) -> Job:
         """Say what is to be done, with the token as it is now."""
