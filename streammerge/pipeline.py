@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, machine, methods, replay, reports, screen, snapshots
+from streammerge import files, machine, methods, promote, replay, reports, screen, snapshots
 from streammerge.acceptance import conclude, record_candidate
 from streammerge.arriving import Incoming
 from streammerge.aside import remove_fetched, set_aside
@@ -57,7 +57,7 @@ def journey(merge: Merge, row: Row, source: Source) -> None:
     with structlog.contextvars.bound_contextvars(**bound):
         try:
             row = fetch(merge, row, source)
-            if merge.held:
+            if merge.held or promote.is_unproven(merge):
                 return
             candidate = fold(merge, row)
             if candidate is not None:

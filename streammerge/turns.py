@@ -20,6 +20,7 @@ from streammerge import (
     machine,
     operations,
     pipeline,
+    promote,
     reconcile,
     recovery,
     reports,
@@ -198,11 +199,12 @@ def next_row(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Contai
     """Choose the first pending fine-tune that is due; during a hold, one that is still to be fetched."""
     if merge.ledger.row("select 1 from snapshots where state = 'candidate'") and not merge.held:
         return None
+    is_unproven = promote.is_unproven(merge)
     for row in merge.ledger.fine_tunes("pending"):
         is_due = row["next_try_at"] <= now() and row["source"] in sources
         if row["step"] == "announced" and row["source"] in fetched_elsewhere:
             continue
-        if is_due and not (merge.held and row["step"] != "announced"):
+        if is_due and not ((merge.held or is_unproven) and row["step"] != "announced"):
             return row
     return None
 
@@ -229,4 +231,5 @@ def refresh(merge: Merge) -> None:
     for name in [part.name for part in merge.config.targets]:
         target = reports.target_status(ledger, name)
         metrics.outbox.labels(name).set(target["open"])
-        metrics.served.labels(name).set(current is not None and target["snapshot"] == current["version"])
+        is_current = current is not None and target["snapshot"] == current["version"]
+        metrics.served.labels(name).set(is_current and target["state"] == "confirmed")
