@@ -31,8 +31,8 @@ from streammerge import configfile
 from streammerge.config.finalize import FinalizeSection
 from streammerge.config.gates import Limit
 from streammerge.config.screens import Tensors
-from streammerge.config.targets import Probe
 from streammerge.config.sources import DirectorySource
+from streammerge.config.targets import Probe
 from streammerge.steps import STEPS
 
 if TYPE_CHECKING:
