@@ -184,6 +184,8 @@ class ModelServer:
         with self._lock:
             if self._running:
                 server, thread = self._running
+                for connection in list(server.server_state.connections):  # as a process that was killed
+                    connection.loop.call_soon_threadsafe(connection.transport.abort)
                 server.should_exit = server.force_exit = True
                 thread.join(START_SECONDS)
                 assert not thread.is_alive()
