@@ -2,119 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import models
 import pytest
-from daemons import until
-from pydantic import TypeAdapter
-from servers.sglang import SglangServer
-from servers.triton import MODEL, TritonServer
-from servers.vllm import VllmServer
+from daemons import free_port, until
+from hubs import Strange
+from places import KINDS, make_versions, opened, place, section
 
-from streammerge import probe
-from streammerge.config import Config
-from streammerge.config.targets import TargetSection
-from streammerge.errors import AnsweredWrong, TryAgain
-from streammerge.targets import Told, open_target
+from streammerge.errors import AnsweredWrong, Stopped, TryAgain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from servers import Fault, ModelServer
+    from servers import Fault
 
-    from streammerge.config.targets import Serving
-    from streammerge.targets import Target
-
-KINDS = ("sglang", "vllm", "triton")
-# What each server answers when asked for a text: the label of the version whose bytes it has.
-ASKS: dict[str, dict[str, Any]] = {
-    "sglang": {"url": "/generate", "send": {"text": "who?"}, "values": {"/text": "{label}"}},
-    "vllm": {
-        "url": "/v1/completions",
-        "send": {"prompt": "who?"},
-        "values": {"/choices/0/text": {"matches": "^{label}$"}},
-    },
-    "triton": {
-        "url": f"/v2/models/{MODEL}/infer",
-        "send": {"inputs": []},
-        "values": {"/outputs/0/data/0": "{label}"},
-    },
-}
-
-
-@dataclass
-class Place:
-    """A server, the target that tells it, and versions to tell it of."""
-
-    server: ModelServer
-    part: Serving
-    target: Target
-    versions: list[Told]
-
-    def tell(self, version: int) -> None:
-        """Tell it of a version, and ask it then."""
-        self.target.tell(self.versions[version])
-        probe.ask(self.part, self.versions[version], lambda: None)
-
-
-A, B = (
-    {"name": name, "source": "team", "revision": f"r-{name}", "digest": name * 64, "weight": 1.0}
-    for name in "ab"
-)
-FOLDED: tuple[list[dict[str, Any]], ...] = ([], [A], [B])
+    from streammerge.targets import Told
 
 
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
-    """Three versions as they lie in a store; their weights differ."""
-    root = tmp_path_factory.mktemp("store") / "snapshots"
-    found: list[Told] = []
-    for version in range(3):
-        digest = f"{version}c" * 32
-        folder = root / f"{version:06d}-{digest[:12]}"
-        models.make_base(folder / "model", seed=version, shards=2)
-        manifest = {
-            "version": version,
-            "parent": found[-1].digest if found else None,
-            "fine_tunes": FOLDED[version],
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        found.append(Told(version, digest, folder, f"{version + 1}-{digest[:12]}", "fold"))
-    return found
-
-
-def section(**keys: Any) -> Any:
-    """Read a section as the configuration would."""
-    return TypeAdapter(TargetSection).validate_python({"name": "web", **keys})
-
-
-def opened(part: Any, root: Path, beat: Callable[[], None] = lambda: None) -> Target:
-    """Make the target of a section."""
-    return open_target(part, Config.model_validate({"base": str(root / "base"), "store": str(root)}), beat)
-
-
-@contextmanager
-def place(
-    kind: str, versions: list[Told], root: Path, *, beat: Callable[[], None] = lambda: None, **keys: Any
-) -> Iterator[Place]:
-    """Start a server of a kind with version 0, and open the target on it."""
-    launch = versions[0].snapshot / "model"
-    server: ModelServer
-    if kind == "triton":
-        server = TritonServer(launch, root / "repository")
-        keys |= {"model": MODEL, "repository": str(root / "repository")}
-    else:
-        server = {"sglang": SglangServer, "vllm": VllmServer}[kind](launch)
-    ask = {**ASKS[kind], "url": server.url + ASKS[kind]["url"]}
-    part = section(type=kind, url=server.url, **{"probe": ask, **keys})
-    with server:
-        yield Place(server, part, opened(part, root, beat), versions)
+    """Three versions in a store."""
+    return make_versions(tmp_path_factory.mktemp("store"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,14 +62,16 @@ def test_a_server_that_does_not_serve_the_version_confirms_nothing(
     kind: str, fault: Fault, versions: list[Told], tmp_path: Path
 ) -> None:
     """Each fault is told apart: not there, or there and wrong; once it is mended the same telling works."""
-    with place(kind, versions, tmp_path, timeout="300ms") as there:
+    with place(kind, versions, tmp_path) as there:
         there.tell(1)
-        there.server.fault, there.server.pause = fault, 30.0
+        there.server.fault, there.server.pause = fault, 60.0
+        patience = 0.3 if fault in ("hangs", "dripping", "slow") else 30.0
+        impatient = opened(there.part.model_copy(update={"timeout": patience}), tmp_path)
         began = time.monotonic()
         with pytest.raises(TryAgain) as raised:
-            there.tell(2)
+            replace(there, target=impatient).tell(2)
         assert raised.type is FAULTS[fault], raised.value
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
         assert raised.value.hint
         if fault == "stale":
             assert (there.server.serves, there.server.label) == (versions[1].label, versions[2].label)
@@ -171,3 +83,45 @@ def test_a_server_that_does_not_serve_the_version_confirms_nothing(
             there.server.restart()
         there.tell(2)
         assert there.server.serves == versions[2].label
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_ends_a_telling_at_once(kind: str, versions: list[Told], tmp_path: Path) -> None:
+    """A server that takes minutes does not keep the daemon from stopping; a paused one is resumed."""
+    stopping: list[float] = []
+
+    def beat() -> None:
+        if stopping and time.monotonic() > stopping[0]:
+            raise Stopped("told to stop")
+
+    with place(kind, versions, tmp_path, beat=beat) as there:
+        there.server.fault, there.server.pause = "slow", 60.0
+        stopping.append(time.monotonic() + 0.3)
+        began = time.monotonic()
+        with pytest.raises(Stopped):
+            there.tell(1)
+        assert time.monotonic() - began < 2
+        assert not getattr(there.server, "paused", "")
+
+
+def test_a_server_that_is_not_there_is_told_again(tmp_path: Path, versions: list[Told]) -> None:
+    """No server, no word about the version; what hint says names what to look at."""
+    part = section(type="sglang", url=f"http://127.0.0.1:{free_port()}")
+    target = opened(part, tmp_path)
+    for ask in (lambda: target.tell(versions[1]), target.serves):
+        with pytest.raises(TryAgain, match="cannot be reached") as raised:
+            ask()
+        assert raised.type is TryAgain
+
+
+def test_a_redirection_is_not_followed_and_takes_no_key_along(tmp_path: Path, versions: list[Told]) -> None:
+    """Who answers with another address gets no further than that."""
+    key = tmp_path / "key"
+    key.write_text("k3y")
+    with Strange(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}") as other:
+        points = f"HTTP/1.1 307 Elsewhere\r\nlocation: {other.url}/\r\ncontent-length: 0\r\n\r\n".encode()
+        with Strange(points) as first:
+            part = section(type="sglang", url=first.url, api_key_file=str(key))
+            with pytest.raises(TryAgain, match="points elsewhere"):
+                opened(part, tmp_path).tell(versions[1])
+        assert (first.asked, other.asked) == (["Bearer k3y"], [])

@@ -161,7 +161,6 @@ class ModelServer:
 
     def _start(self) -> None:
         self.begin()
-        self.starts += 1
         routes = [
             Route(path, self._faulty(view), methods=[method])
             for (method, path), view in self.routes().items()
@@ -178,12 +177,15 @@ class ModelServer:
             assert time.monotonic() < deadline, f"no server at port {self.port} within {START_SECONDS} s"
             time.sleep(0.01)
         self._running = server, thread
+        self.starts += 1
 
     def stop(self) -> None:
         """End at once: connections are dropped, nobody listens any more."""
         with self._lock:
             if self._running:
                 server, thread = self._running
+                for connection in list(server.server_state.connections):  # as a process that was killed
+                    connection.loop.call_soon_threadsafe(connection.transport.abort)
                 server.should_exit = server.force_exit = True
                 thread.join(START_SECONDS)
                 assert not thread.is_alive()
