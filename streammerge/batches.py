@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
-SUSPECTS = "suspects"
-
 log = structlog.get_logger()
 
 
 def chosen(merge: Merge, due: Sequence[Row]) -> list[Row]:
     """Choose what is folded next of what can be, in its order: suspects first, half of them."""
-    known = set(merge.ledger.fact(SUSPECTS) or ())
+    known = set(merge.ledger.fact("suspects") or ())
     suspects = [row for row in due if row["id"] in known]
     if suspects:
         return suspects[: (len(suspects) + 1) // 2]
@@ -62,12 +60,12 @@ def blame(merge: Merge, rows: Sequence[Row], state: str, why: Refused) -> None:
     left = [row for row in rows if str(row["id"]) in pending]
     with merge.ledger.transaction():
         if len(rows) == 1:
-            if merge.ledger.fact(SUSPECTS):
-                merge.ledger.set_fact(SUSPECTS, [])
+            if merge.ledger.fact("suspects"):
+                merge.ledger.set_fact("suspects", [])
             for row in left:
                 set_aside(merge, row, state, why)
             return
-        merge.ledger.set_fact(SUSPECTS, [row["id"] for row in left])
+        merge.ledger.set_fact("suspects", [row["id"] for row in left])
         reached("refused")
     log.warning(
         "batch.refused",
