@@ -31,9 +31,8 @@ def causal(seed: int = 0) -> Any:
 def classifier(labels: int = 4, seed: int = 0) -> Any:
     """Make a tiny BERT with a head for so many labels."""
     torch.manual_seed(seed)
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(**SIZES, **{"num_labels": labels, "hidden_dropout_prob": 0.0})
-    )
+    settings: dict[str, Any] = {**SIZES, "num_labels": labels, "hidden_dropout_prob": 0.0}
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**settings))
 
 
 def save(model: Any, folder: Path) -> Path:
