@@ -56,6 +56,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         merge.metrics.decided.labels(row["source"], state).inc()
     log.warning(
         "finetune.refused",
+        **{key: row[key] for key in ("source", "name", "revision")},
         state=state,
         reason=why.reason,
         detail=why.message,

@@ -142,6 +142,12 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def empty_folder(folder: Path) -> None:
+    """Remove what lies in a folder that is still being built."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def tree_bytes(folder: Path) -> int:
     """Sum the sizes of all files below `folder`, in which others may work meanwhile."""
     total = 0

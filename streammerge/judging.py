@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import figures, screen
+from streammerge import figures, files, screen
+from streammerge.errors import TryAgain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from streammerge.arriving import Incoming
+    from streammerge.engine import Folded
     from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
@@ -22,13 +24,28 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
+class Changed(TryAgain):
+    """What is read of a fine-tune is not what was fetched."""
+
+
 def judge(
-    merge: Merge, row: Row, incoming: Incoming, measured: Measured, folded: Iterable[dict[str, Any]]
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, found: Folded
 ) -> None:
     """Raise Refused or Quarantined for a fine-tune that is not to go in; its files are still open.
 
     folded  the manifest's entries of what is in the merge without it
     """
+    if incoming.finetune.finish() != row["digest"]:
+        files.remove_tree(merge.store.inbox / str(row["id"]))
+        merge.ledger.update_fine_tune(row["id"], step="announced")
+        raise Changed("the fetched files changed before they were folded", hint="they are fetched again")
+    _weigh(merge, row, folded, incoming, found.measured)
+
+
+def _weigh(
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, measured: Measured
+) -> None:
+    """Write down its figures, and raise where one of them, or its length, speaks against it."""
     limits = merge.config.screens
     found = figures.examine(
         figures.Evidence(

@@ -89,12 +89,12 @@ def verified(merge: Merge) -> list[int]:
 
 
 def is_unproven(merge: Merge) -> bool:
-    """Whether head has what a wrong answer made suspect, and the targets have yet to show that it is right.
+    """Whether head holds what was in a version that was taken back, and the targets do not serve it yet.
 
     Nothing is folded upon it meanwhile: the next wrong answer names who is to blame.
     """
-    suspects = set(merge.ledger.fact("suspects") or ())
-    return bool(suspects & set(merge.head.digests)) and merge.head.version not in verified(merge)
+    unproven = set(merge.ledger.fact("unproven") or ())
+    return bool(unproven & set(merge.head.digests)) and merge.head.version not in verified(merge)
 
 
 def awaited(merge: Merge) -> set[int]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import promote, reversal, snapshots, telling
-from streammerge.aside import set_aside, take_up_again
+from streammerge import batches, promote, reversal, snapshots, telling
+from streammerge.aside import take_up_again
 from streammerge.errors import Refused, Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.targets import Told
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from streammerge.targets import Target
 
 WRONG_ANSWERS = 2  # a server that restarts in the middle answers wrong once
-IN_A_ROW = 3  # versions taken back, after which a person is to look
+IN_A_ROW = 3  # fine-tunes set aside without one that was served in between: a person is to look
 GUARDED = ("fold", "retract")  # what is taken back: never what a person, or this, went back to
 
 log = structlog.get_logger()
@@ -70,8 +70,9 @@ def version_before(merge: Merge, version: int, served: Iterable[int]) -> Snapsho
 def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAgain) -> None:
     """Put the version that all served back on all of them, and make it head.
 
-    The one fine-tune that came since is set aside. Of several, each is folded again upon what the targets
-    have shown to be right. Three versions in a row are for a person, and so is one that a person asked for.
+    The one fine-tune that came since is set aside. Of several, half are folded again and served, and so on:
+    the one to blame stands alone at last. Three that are set aside in a row are for a person, and so is a
+    version that was asked for by one.
     """
     with merge.turn:
         last, path = merge.ledger.last_promotion(), snapshots.by_version(merge.store, row["version"])
@@ -85,15 +86,15 @@ def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAg
             hint="`streammerge fine-tunes retry` folds it again",
         )
         with merge.ledger.transaction():
-            count = (merge.ledger.fact("taken_back") or 0) + 1
+            count = (merge.ledger.fact("taken_back") or 0) + (len(suspects) < 2)
             merge.ledger.set_fact("taken_back", count)
-            merge.ledger.set_fact("suspects", suspects if len(suspects) > 1 else [])
+            merge.ledger.set_fact("unproven", suspects if len(suspects) > 1 else [])
             merge.ledger.update_snapshot(row["version"], note=blame.message)
-            for found in reversal.go_back(merge, good, "answered-wrong"):
-                if suspects == [found["digest"]]:
-                    set_aside(merge, found, "quarantined", blame)
-                else:
-                    take_up_again(merge, found)
+            removed = reversal.go_back(merge, good, "answered-wrong")
+            for found in removed:
+                take_up_again(merge, found)
+            if suspected := [found for found in removed if found["digest"] in suspects]:
+                batches.blame(merge, suspected, "quarantined", blame)
             if hold := reason_to_hold(count, suspects, blame):
                 merge.ledger.set_fact("hold", {"why": hold, "since": now()})
                 merge.metrics.held.set(1)
@@ -110,7 +111,7 @@ def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAg
 def reason_to_hold(count: int, suspects: Sequence[str], blame: Refused) -> str:
     """Say why a person is to look now, "" if none is needed."""
     if count >= IN_A_ROW:
-        return f"{count} versions in a row were taken back; the last: {blame.message}"
+        return f"{count} fine-tunes in a row were not served right; the last: {blame.message}"
     return "" if suspects else f"nothing was folded, and yet {blame.message}"
 
 
@@ -118,9 +119,9 @@ def acquit(merge: Merge, row: Row) -> None:
     """A target confirmed a version: if all have, nothing in it is suspect, and the count begins anew."""
     if row["cause"] not in GUARDED or row["version"] not in promote.verified(merge)[:1]:
         return
-    if suspects := merge.ledger.fact("suspects"):
+    if unproven := merge.ledger.fact("unproven"):
         path = snapshots.by_version(merge.store, row["version"])
         proven = set(snapshots.read(path).digests) if path else set()
-        merge.ledger.set_fact("suspects", [digest for digest in suspects if digest not in proven])
+        merge.ledger.set_fact("unproven", [digest for digest in unproven if digest not in proven])
     if merge.ledger.fact("taken_back"):
         merge.ledger.set_fact("taken_back", 0)

@@ -285,14 +285,14 @@ def test_nothing_is_folded_upon_a_suspect_that_is_not_proven(fleet: Fleet) -> No
 
 
 def test_three_in_a_row_are_for_a_person(fleet: Fleet) -> None:
-    """The third version that is taken back without one that was served between them holds the queue."""
+    """The third fine-tune that is set aside without one that was served in between holds the queue."""
     for number, name in enumerate(("a", "b", "c")):
         assert fleet.merge.held == ""
         fleet.fold(name)
         fleet.servers[0].refuses = {fleet.merge.head.version}
         fleet.roll(2)
         assert fleet.state(name) == "quarantined", number
-    assert fleet.merge.held.startswith("3 versions in a row were taken back")
+    assert fleet.merge.held.startswith("3 fine-tunes in a row were not served right")
     fleet.fold("d")
     assert fleet.folded == []
     operations.resume(fleet.merge)

@@ -107,6 +107,9 @@ class Config(Section):
     incomplete_after: Duration = Field(
         default=86400.0, description="a fine-tune whose files still miss then is refused"
     )
+    batch: int = Field(
+        default=1, ge=1, le=256, description="how many waiting fine-tunes are folded into one version at most"
+    )
     approve: Literal["auto", "manual"] = Field(
         default="auto", description="whether a person approves each fine-tune"
     )
