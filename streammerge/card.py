@@ -50,14 +50,15 @@ def card(
         f"- finalize: {_settings(manifest['finalize'])}", "",
         "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    sources: dict[str, str] = {}  # a few, of thousands of fine-tunes
     for number, entry in enumerate(manifest["fine_tunes"], 1):
-        name, revision = str(entry["name"]), str(entry["revision"])
-        hub = (hubs or {}).get(str(entry["source"]))
+        name, revision, source = str(entry["name"]), str(entry["revision"]), str(entry["source"])
+        hub = (hubs or {}).get(source)
         shown = _code(name)
         if hub and REPOSITORY.fullmatch(name) and REVISION.fullmatch(revision):
             shown = f"[{shown}]({hub}/{name}/tree/{revision})"
-        cells = [shown, _code(entry["source"]), _code(revision), _code(str(entry["digest"])[:12])]
-        lines.append(f"| {number} | {' | '.join(cells)} |")
+        whose = sources.get(source) or sources.setdefault(source, _code(source))
+        lines.append(f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(entry['digest'][:12])} |")
     return "\n".join(lines) + "\n"
 
 
