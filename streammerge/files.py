@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 CHUNK_BYTES = 8 << 20
-PIECES = 1024  # of a long list, written at once
+PIECES = 256  # of a long list, written at once
 PLAIN = frozenset({str, int, float, bool, type(None)})
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
 
@@ -37,11 +38,10 @@ def canonical_json(value: object) -> bytes:
     It is what the json library writes with an indent of 1; but that does so word by word in Python, and a
     manifest lists thousands of fine-tunes. Keys are strings.
     """
-    encoded = bytearray()  # piece by piece: as a list they would take many times the room of what they say
-    for piece in _laid_out(value, "\n"):
-        encoded += piece.encode()
-    encoded += b"\n"
-    return bytes(encoded)
+    encoded = io.BytesIO()  # piece by piece: as a list they would take many times the room of what they say
+    encoded.writelines(piece.encode() for piece in _laid_out(value, "\n"))
+    encoded.write(b"\n")
+    return encoded.getvalue()
 
 
 def _encode(value: object, separator: str = ", ") -> str:

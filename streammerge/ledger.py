@@ -327,8 +327,9 @@ class Ledger:
     def numbers(self, *states: str) -> set[str]:
         """Give the ids of fine-tunes in these states, as the inbox names their folders."""
         marks = ", ".join("?" for _ in states)
-        found = self.tuples(f"select id from fine_tunes where state in ({marks})", *states)  # noqa: S608 -- only question marks are put in
-        return {str(number) for (number,) in found}
+        query = f"select group_concat(id, ' ') as ids from fine_tunes where state in ({marks})"  # noqa: S608 -- only question marks are put in
+        found = self.row(query, *states)
+        return set(str(found["ids"] or "").split()) if found else set()
 
     # What the screens saw
 
