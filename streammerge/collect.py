@@ -115,9 +115,9 @@ def stepping_stones(merge: Merge) -> list[Path]:
         return []
     head, marked = merge.head, merge.ledger.fact("damaged") or {}
     line = {
-        len(found.digests): found.path
-        for found in snapshots.line_of(merge.store, head.digests)
-        if str(found.version) not in marked
+        count: path
+        for path, count in snapshots.line_of(merge.store, head.digests)
+        if str(snapshots.number(path)) not in marked
     }
     wanted = spaced(line, len(head.digests), first=config.keep, levels=config.keep_spaced)
     return [line[count] for count in wanted]

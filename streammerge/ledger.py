@@ -377,6 +377,13 @@ class Ledger:
         """Read one snapshot's row."""
         return self.row("select * from snapshots where version = ?", version)
 
+    def decided(self, versions: Iterable[int]) -> set[int]:
+        """Give those of these snapshots that have a row and are candidates no more."""
+        wanted = list(versions)
+        marks = ", ".join("?" for _ in wanted)
+        query = f"select version from snapshots where state != 'candidate' and version in ({marks})"  # noqa: S608 -- only question marks are put in
+        return {version for (version,) in self.tuples(query, *wanted)}
+
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""
         return self.row("select * from promotions order by id desc limit 1")

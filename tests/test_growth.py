@@ -9,7 +9,7 @@ import models
 import pytest
 from faults import soak
 
-from streammerge import operations, promote, recovery, reports, screen, snapshots, turns
+from streammerge import operations, promote, recovery, reports, screen, snapshots, turns, unfinished
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
@@ -158,6 +158,40 @@ def test_a_manifest_is_parsed_once_and_again_when_it_changed(merge: Merge) -> No
         snapshots.read(head.path)
     path.write_bytes(whole)
     assert snapshots.read(head.path).manifest == head.manifest
+
+
+def test_what_holds_a_beginning_of_the_merge_is_found_without_parsing_it_again(merge: Merge) -> None:
+    """Versions that wait for a slow target are many; a changed manifest is not taken for the one known."""
+    look(merge)
+    arrive(merge)
+    arrive(merge)
+    digests = merge.head.digests
+    line = list(snapshots.line_of(merge.store, digests))
+    assert [count for _, count in line] == [0, 1, 2]
+    assert list(snapshots.line_of(merge.store, digests[1:])) == line[:1]
+    parsed = snapshots._beginning.cache_info().misses
+    assert list(snapshots.line_of(merge.store, digests[:1])) == line[:2]
+    assert snapshots._beginning.cache_info().misses == parsed
+
+    manifest = line[1][0] / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(manifest.read_bytes().replace(b'"ft0"', b'"ft9"'))
+    assert list(snapshots.line_of(merge.store, digests)) == [line[0], line[2]]
+
+
+def test_the_versions_on_disk_are_asked_about_at_once(merge: Merge) -> None:
+    """Each turn of work looks for what a kill left: as many questions for three versions as for one."""
+    asked: list[str] = []
+    counts = []
+    look(merge)
+    for _ in range(3):
+        merge.ledger._db.set_trace_callback(asked.append)
+        unfinished.finish(merge)
+        merge.ledger._db.set_trace_callback(None)
+        counts.append(len(asked))
+        asked.clear()
+        arrive(merge)
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_the_inbox_keeps_what_is_archived_and_waiting_and_nothing_else(merge: Merge) -> None:
