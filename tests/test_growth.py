@@ -9,7 +9,17 @@ import models
 import pytest
 from faults import soak
 
-from streammerge import operations, promote, recovery, reports, screen, snapshots, turns, unfinished
+from streammerge import (
+    operations,
+    promote,
+    reconcile,
+    recovery,
+    reports,
+    screen,
+    snapshots,
+    turns,
+    unfinished,
+)
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
@@ -130,6 +140,23 @@ def test_a_look_that_finds_nothing_new_writes_one_row(merge: Merge) -> None:
     states = {row["revision"]: row["state"] for row in merge.ledger.fine_tunes() if row["name"] == "ft0"}
     assert states.pop("another") == "superseded"
     assert states.popitem()[1] == "folded"
+
+
+def test_what_a_source_remembers_is_read_a_part_at_a_time(merge: Merge) -> None:
+    """In the order of names or in any other; of another source nothing; never more than a part at once."""
+    names = [f"ft{number:04d}" for number in range(2 * reconcile.REMEMBERED_AT_ONCE + 7)]
+    with merge.ledger.transaction():
+        for name in names:
+            merge.ledger.write("insert into sightings values ('hub', ?, ?, 'r', 1.0)", name, f"of {name}")
+        merge.ledger.write("insert into sightings values ('other', 'ft0000a', 'f', 'r', 1.0)")
+    remembered = reconcile.Remembered(merge.ledger, "hub")
+    assert list(remembered) == names
+    assert len(remembered) == len(names)
+    for order in (names, names[::-1], names[::97] + names[1::97]):
+        assert all(remembered[name].fingerprint == f"of {name}" for name in order)
+        assert len(remembered._part) <= reconcile.REMEMBERED_AT_ONCE
+    strangers = ["", "a", "ft0000a", names[reconcile.REMEMBERED_AT_ONCE - 1] + "a", "ft9999", "z"]
+    assert not [name for name in strangers + strangers[::-1] if name in remembered]
 
 
 def test_what_went_and_came_back_unchanged_is_announced_again(merge: Merge, tmp_path: Path) -> None:
