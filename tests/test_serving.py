@@ -1,4 +1,4 @@
-"""Servers of three kinds, told by the real daemon, end on one verified version whatever fault one of them has."""
+"""Servers of three kinds, told by the real daemon, end on one verified version whatever goes wrong in one."""
 
 from __future__ import annotations
 
