@@ -17,7 +17,7 @@ from streammerge.config.gates import CommandGate
 from streammerge.config.screens import Screens, Tensors
 from streammerge.config.section import Section
 from streammerge.config.sources import HubSource, SourceSection
-from streammerge.config.targets import TargetSection
+from streammerge.config.targets import Rollout, TargetSection
 from streammerge.quantities import Duration, Size
 
 HUB_ADDRESS = re.compile(
@@ -107,11 +107,15 @@ class Config(Section):
     incomplete_after: Duration = Field(
         default=86400.0, description="a fine-tune whose files still miss then is refused"
     )
+    batch: int = Field(
+        default=1, ge=1, le=256, description="how many waiting fine-tunes are folded into one version at most"
+    )
     approve: Literal["auto", "manual"] = Field(
         default="auto", description="whether a person approves each fine-tune"
     )
     gates: tuple[CommandGate, ...] = Field(default=(), description="checks of a candidate, in order")
     targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
+    rollout: Rollout = Field(default=Rollout())
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
     keep_spaced: int = Field(
         default=4,

@@ -96,6 +96,17 @@ class Serving(Section):
         return str(path)
 
 
+class Rollout(Section):
+    """How a version reaches the targets that serve, one after the other, the first one as canary."""
+
+    soak: Duration = Field(
+        default=0.0, description="how long the first target serves a version before the others are told of it"
+    )
+    max_unavailable: int | None = Field(
+        default=None, ge=0, description="how many may be failing while the next is told; null is any number"
+    )
+
+
 class ExecTarget(Serving):
     """A command that makes a serving process take the promoted version; exit 0 says that it serves it."""
 
@@ -185,7 +196,5 @@ class HubTarget(Section):
     timeout: Duration = Field(default=3600.0, gt=0, description="for a whole upload; it is tried again then")
 
 
-TargetSection = Annotated[
-    ExecTarget | SglangTarget | VllmTarget | TritonTarget | WebhookTarget | HubTarget,
-    Field(discriminator="type"),
-]
+ServingSection = ExecTarget | SglangTarget | VllmTarget | TritonTarget
+TargetSection = Annotated[ServingSection | WebhookTarget | HubTarget, Field(discriminator="type")]

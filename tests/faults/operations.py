@@ -208,6 +208,11 @@ OPERATIONS = (
         "refused by a gate", ("c",), {"b": "quarantined", "c": "folded"}, {"keep_refused": 0},
         lay=after(gated, work_off), begin=publish("b", "c"),
     ),
+    Operation("folded together", NAMES, {**FOLDED, "z-broken": "refused"}, {"batch": 4}, begin=good_and_bad),
+    Operation(
+        "folded together, one at fault", ("a", "c"), {**FOLDED, "b": "quarantined"}, {"batch": 3},
+        lay=after(gated, work_off), begin=publish(*NAMES),
+    ),
     Operation(
         "taken up again", ("a", "b"), {"a": "folded", "b": "folded"},
         lay=after(gated, one_by_one("a", "b"), configure(gates=[])), asked=("fine-tunes", "retry", "b"),
