@@ -21,6 +21,7 @@ from streammerge.steps import reached
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
@@ -52,9 +53,19 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_f
         promote.switch(merge)
     refresh_merge_metrics(merge, accepted)
     merge.metrics.folds.labels("done").inc(len(added))
+    for row in rows:
+        observe_waiting(merge, row, seconds)
     tell(merge, accepted, added, removed, seconds)
     tidy(merge)
     return True
+
+
+def observe_waiting(merge: Merge, row: Row | None, seconds: float) -> None:
+    """Record how long a fine-tune was public before it was seen, and was seen before its journey began."""
+    if row is not None:
+        stages = merge.metrics.stage_seconds
+        stages.labels("announce").observe(max(0.0, row["first_seen_at"] - row["published_at"]))
+        stages.labels("queue").observe(max(0.0, now() - seconds - row["first_seen_at"]))
 
 
 def tell(

@@ -15,16 +15,30 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from streammerge.config import FIXED, Config
-from streammerge.config.targets import ExecTarget
+from streammerge.config.targets import ExecTarget, Serving
 from streammerge.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streammerge.config.section import Section
+    from streammerge.config.targets import TargetSection
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
+CHOSEN = (
+    "directory",
+    "hub",
+    "exec",
+    "sglang",
+    "vllm",
+    "triton",
+    "webhook",
+    "command",
+    "Since",
+    "Matching",
+    "Any",
+)
 PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
 
 
@@ -109,9 +123,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
     lines, hints = [], []
     for found in error.errors():
-        spots = [
-            part for part in found["loc"] if part not in ("directory", "hub", "exec", "command", "Since")
-        ]
+        spots = [part for part in found["loc"] if part not in CHOSEN]
         key = shown(".".join(str(part) for part in spots))
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
@@ -180,8 +192,19 @@ def resolve_paths(config: Config, folder: Path) -> Config:
             raise ConfigError(f"{found[:80]!r} is no path", hint="remove the NUL from it")
         return Path(found)
 
-    def absolute(part: Section) -> dict[str, Path]:
+    def absolute(part: Section) -> dict[str, Any]:
         return {key: against(value) for key, value in part if isinstance(value, Path)}
+
+    def target(part: TargetSection) -> dict[str, Any]:
+        changed = absolute(part)
+        if isinstance(part, ExecTarget):
+            changed["argv"] = _program(part.argv, folder)
+        if isinstance(part, Serving):
+            changed["path_map"] = {against(here): there for here, there in part.path_map.items()}
+            if part.probe:
+                argv = {"argv": _program(part.probe.argv, folder)}
+                changed["probe"] = part.probe.model_copy(update={**absolute(part.probe), **argv})
+        return changed
 
     return config.model_copy(
         update={
@@ -189,14 +212,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
             "store": against(config.store),
             "http": config.http.model_copy(update=absolute(config.http)),
             "sources": tuple(part.model_copy(update=absolute(part)) for part in config.sources),
-            "targets": tuple(
-                part.model_copy(
-                    update={"argv": _program(part.argv, folder)}
-                    if isinstance(part, ExecTarget)
-                    else absolute(part)
-                )
-                for part in config.targets
-            ),
+            "targets": tuple(part.model_copy(update=target(part)) for part in config.targets),
             "tune": config.tune
             and config.tune.model_copy(
                 update={
@@ -211,7 +227,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
 
 def _program(argv: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """Take a program given with a slash, like ./reload.sh, against the file."""
-    program = argv[0]
+    program = argv[0] if argv else ""
     return (os.path.normpath(folder / program), *argv[1:]) if "/" in program else argv
 
 

@@ -96,9 +96,14 @@ create index outbox_by_target on outbox (target, state, id);
 create index outbox_pending on outbox (id) where state = 'pending';
 """
 
-# What gates measured of a version, as {gate: {figure: number}}; what a target said that it serves.
+# What gates measured of a version, as {gate: {figure: number}}; when a target confirmed a version, how often
+# in a row it answered wrong, and what it served when it was asked last.
 M005_SERVED = """
 alter table snapshots add column measured text not null default '{}';
+alter table outbox add column confirmed_at real;
+alter table outbox add column wrong integer not null default 0;
+update outbox set confirmed_at = done_at where state = 'done';
+create index outbox_by_version on outbox (version);
 create table served (
     target text primary key, snapshot text not null, asked_at real not null, error text not null default ''
 ) strict, without rowid;
@@ -386,10 +391,41 @@ class Ledger:
         """Read the newest intent to switch `current`."""
         return self.row("select * from promotions order by id desc limit 1")
 
+    # Targets
+
+    def open_telling(self, promotion: int, target: str, version: int) -> None:
+        """Have a target told of a promotion, or told of it again."""
+        self.write(
+            "insert into outbox (promotion, target, version) values (?, ?, ?) "
+            "on conflict (promotion, target) do update "
+            "set state = 'pending', attempts = 0, wrong = 0, next_try_at = 0, error = ''",
+            promotion, target, version,
+        )  # fmt: skip
+
+    def telling(self, promotion: int, target: str) -> Row | None:
+        """Read how far a target is with one promotion."""
+        return self.row("select * from outbox where (promotion, target) = (?, ?)", promotion, target)
+
     def last_told(self, target: str) -> Row | None:
         """Read what a target confirmed last."""
         query = "select * from outbox where (state, target) = ('done', ?) order by id desc limit 1"
         return self.row(query, target)
+
+    def confirmations(self, version: int) -> list[Row]:
+        """List the targets that confirmed a version, with the last time that each did."""
+        return self.rows(
+            "select target, max(confirmed_at) as at from outbox "
+            "where version = ? and confirmed_at is not null group by target order by at",
+            version,
+        )
+
+    def saw_served(self, target: str, snapshot: str, error: str = "") -> None:
+        """Write down what a target serves, by the name of the version's folder, or why it is not known."""
+        self.write("insert or replace into served values (?, ?, ?, ?)", target, snapshot, now(), error)
+
+    def served(self, target: str) -> Row | None:
+        """Read what a target served when it was asked last."""
+        return self.row("select * from served where target = ?", target)
 
     # Commands
 

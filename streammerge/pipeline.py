@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import (
-    batches,
-    files,
-    machine,
-    replay,
-    reports,
-    screen,
-    snapshots,
-)
+from streammerge import batches, files, machine, promote, replay, reports, screen, snapshots
 from streammerge.acceptance import conclude
 from streammerge.aside import put_back, remove_fetched, set_aside
 from streammerge.collect import tidy
@@ -59,7 +51,7 @@ def journey(merge: Merge, rows: Sequence[Row], sources: Mapping[str, Source]) ->
     """
     started = time.monotonic()
     fetched = [found for row in rows if (found := brought(merge, row, sources[row["source"]]))]
-    if merge.held:
+    if merge.held or promote.is_unproven(merge):
         return
     candidate = fold(merge, fetched)
     if candidate is not None:

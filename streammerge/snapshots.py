@@ -300,6 +300,12 @@ def number(path: Path) -> int:
     return int(path.name.partition("-")[0])
 
 
+def version_of(label: str) -> int | None:
+    """Read the number off the name of a version's folder, as targets report it; None for another name."""
+    found = re.fullmatch(r"(\d{6,})-[0-9a-f]{12}", label)
+    return int(found[1]) if found else None
+
+
 def by_version(store: Store, version: int) -> Path | None:
     """Find the accepted folder of a version."""
     return next((path for path in folders(store.snapshots) if number(path) == version), None)

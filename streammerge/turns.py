@@ -21,6 +21,7 @@ from streammerge import (
     machine,
     operations,
     pipeline,
+    promote,
     reconcile,
     recovery,
     reports,
@@ -198,8 +199,8 @@ def conclude_open(merge: Merge) -> None:
 
 def next_rows(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> list[Row]:
     """Choose the pending fine-tunes that are due and go together; during a hold, one still to be fetched."""
-    held = merge.held
-    if not held and merge.ledger.row("select 1 from snapshots where state = 'candidate'"):
+    is_waiting = bool(merge.held) or promote.is_unproven(merge)
+    if not merge.held and merge.ledger.row("select 1 from snapshots where state = 'candidate'"):
         return []
     due = [
         row
@@ -207,7 +208,7 @@ def next_rows(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Conta
         if row["next_try_at"] <= now() and row["source"] in sources
         if row["step"] != "announced" or row["source"] not in fetched_elsewhere
     ]
-    if held:
+    if is_waiting:
         return [row for row in due if row["step"] == "announced"][:1]
     return batches.chosen(merge, due)
 
@@ -234,4 +235,5 @@ def refresh(merge: Merge) -> None:
     for name in [part.name for part in merge.config.targets]:
         target = reports.target_status(ledger, name)
         metrics.outbox.labels(name).set(target["open"])
-        metrics.served.labels(name).set(current is not None and target["snapshot"] == current["version"])
+        is_current = current is not None and target["snapshot"] == current["version"]
+        metrics.served.labels(name).set(is_current and target["state"] == "confirmed")

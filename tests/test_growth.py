@@ -9,7 +9,7 @@ import models
 import pytest
 from faults import soak
 
-from streammerge import operations, promote, recovery, reports, screen, snapshots, turns
+from streammerge import operations, recovery, reports, rollout, screen, snapshots, turns
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
@@ -62,7 +62,7 @@ def arrive(merge: Merge) -> None:
     """Fold one fine-tune, tell the target, and be scraped."""
     [part] = merge.config.sources
     assert turns.work_once(merge, {"team": open_source(part, merge.config)})
-    promote.deliver(merge, [open_target(merge.config.targets[0], merge.config)])
+    rollout.deliver(merge, [open_target(merge.config.targets[0], merge.config)])
     turns.refresh(merge)
 
 

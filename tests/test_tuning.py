@@ -270,13 +270,13 @@ def test_every_key_of_tune_is_documented_with_its_default() -> None:
         if field.is_required():
             assert default == "required", key
             continue
-        section_of_it = {
+        as_given = {
             "kind": "scale",
             "data": "x",
             "measure": "perplexity",
             key: yaml.safe_load(words(default)[0]),
         }
-        assert getattr(TuneSection.model_validate(given_key), key) == field.default, key
+        assert getattr(TuneSection.model_validate(as_given), key) == field.default, key
 
 
 def test_show_prints_what_was_tried(base: dict[str, Tensor], tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
             soft_wrap=True,
         )
     for target in found["targets"]:
-        line = f"target    {target['name']}: {target['state']}, confirmed version {target['snapshot']}"
+        serves = "-" if target["snapshot"] is None else target["snapshot"]
+        line = f"target    {target['name']}: {target['state']}, serves version {serves}"
         out.print(line + (f", {escape(target['error'])}" if target["error"] else ""), soft_wrap=True)
     for version, why in found["damaged"].items():
         out.print(f"[red]damaged   version {version}: {escape(why)}[/]", soft_wrap=True)
@@ -119,6 +120,8 @@ def show(
         out.print(f"  {name:24}{value if value is not None else '-'}")
     if found["tuning"]:
         out.print(tuning_of(found["tuning"]), soft_wrap=True)
+    for target in found["served"]:
+        out.print(f"  confirmed by {target['target']} at {target['at']}")
     print_table(
         ("#", "fine-tune", "source", "revision", "digest"),
         [

@@ -17,7 +17,7 @@ from streammerge.config.gates import CommandGate
 from streammerge.config.screens import Screens, Tensors
 from streammerge.config.section import Section
 from streammerge.config.sources import HubSource, SourceSection
-from streammerge.config.targets import TargetSection
+from streammerge.config.targets import Rollout, TargetSection
 from streammerge.config.tuning import TuneSection
 from streammerge.quantities import Duration, Size
 
@@ -119,6 +119,7 @@ class Config(Section):
     )
     gates: tuple[CommandGate, ...] = Field(default=(), description="checks of a candidate, in order")
     targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
+    rollout: Rollout = Field(default=Rollout())
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
     keep_spaced: int = Field(
         default=4,
