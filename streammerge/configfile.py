@@ -213,6 +213,13 @@ def resolve_paths(config: Config, folder: Path) -> Config:
             "http": config.http.model_copy(update=absolute(config.http)),
             "sources": tuple(part.model_copy(update=absolute(part)) for part in config.sources),
             "targets": tuple(part.model_copy(update=target(part)) for part in config.targets),
+            "tune": config.tune
+            and config.tune.model_copy(
+                update={
+                    **absolute(config.tune),
+                    "argv": _program(config.tune.argv, folder) if config.tune.argv else (),
+                }
+            ),
             "gates": tuple(g.model_copy(update={"argv": _program(g.argv, folder)}) for g in config.gates),
         }
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LONG_SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 7200)
 SHORT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300)
 DECISIONS = ("folded", "refused", "quarantined", "superseded", "ignored", "gone", "replaced", "retracted")
-STAGES = ("announce", "queue", "fetch", "fold", "render", "seal", "gate", "promote")
+STAGES = ("announce", "queue", "fetch", "fold", "render", "tune", "seal", "gate", "promote")
 POLL_RESULTS = ("ok", "error")
 TOLD_RESULTS = ("ok", "failed", "wrong")
 

@@ -179,6 +179,7 @@ def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
         "path": str(snapshot.path),
         "fine_tunes": snapshot.fine_tunes,
         **{key: snapshot.manifest[key] for key in keys},
+        "tuning": snapshot.manifest.get("tuning"),
         "added_globs": snapshot.manifest["added"],
         "files": snapshot.manifest["files"],
         "served": [
