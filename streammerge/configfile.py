@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from streammerge.config import FIXED, Config
+from streammerge.config.gates import CommandGate
 from streammerge.config.targets import ExecTarget
 from streammerge.errors import ConfigError, shown
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
+LISTS = ("sources", "gates", "targets")  # of sections of several kinds
 PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
 
 
@@ -109,9 +111,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
     lines, hints = [], []
     for found in error.errors():
-        spots = [
-            part for part in found["loc"] if part not in ("directory", "hub", "exec", "command", "Since")
-        ]
+        spots = [part for place, part in enumerate(found["loc"]) if not _is_kind(found["loc"], place)]
         key = shown(".".join(str(part) for part in spots))
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
@@ -142,6 +142,11 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     return ConfigError(
         f"{path}: " + "; ".join(lines), hint="; ".join(hints) or "see config/streammerge.yaml for every key"
     )
+
+
+def _is_kind(spots: Sequence[Any], place: int) -> bool:
+    """Whether a part of a place is pydantic's word for one of several sections, and no key."""
+    return spots[place] == "Since" or (place == 2 and spots[0] in LISTS)
 
 
 def valid_keys(spots: Sequence[Any]) -> list[str]:
@@ -180,8 +185,15 @@ def resolve_paths(config: Config, folder: Path) -> Config:
             raise ConfigError(f"{found[:80]!r} is no path", hint="remove the NUL from it")
         return Path(found)
 
-    def absolute(part: Section) -> dict[str, Path]:
-        return {key: against(value) for key, value in part if isinstance(value, Path)}
+    def absolute(part: Section) -> dict[str, Path | tuple[Path, ...]]:
+        single = {key: against(value) for key, value in part if isinstance(value, Path)}
+        lists = {key: value for key, value in part if isinstance(value, tuple)}
+        several = {
+            key: tuple(map(against, value))
+            for key, value in lists.items()
+            if value and all(isinstance(path, Path) for path in value)
+        }
+        return {**single, **several}
 
     return config.model_copy(
         update={
@@ -197,7 +209,13 @@ def resolve_paths(config: Config, folder: Path) -> Config:
                 )
                 for part in config.targets
             ),
-            "gates": tuple(g.model_copy(update={"argv": _program(g.argv, folder)}) for g in config.gates),
+            "gates": tuple(
+                part.model_copy(
+                    update=absolute(part)
+                    | ({"argv": _program(part.argv, folder)} if isinstance(part, CommandGate) else {})
+                )
+                for part in config.gates
+            ),
         }
     )
 

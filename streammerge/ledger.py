@@ -96,7 +96,7 @@ create index outbox_by_target on outbox (target, state, id);
 create index outbox_pending on outbox (id) where state = 'pending';
 """
 
-# What gates measured of a version, as {gate: {figure: number}}; what a target said that it serves.
+# What each gate found of a version, see gates.Bench.keep; what a target said that it serves.
 M005_SERVED = """
 alter table snapshots add column measured text not null default '{}';
 create table served (
@@ -381,6 +381,16 @@ class Ledger:
     def snapshot(self, version: int) -> Row | None:
         """Read one snapshot's row."""
         return self.row("select * from snapshots where version = ?", version)
+
+    def measured(self, version: int) -> dict[str, Any]:
+        """Give what gates found of a version, by the gate's name."""
+        row = self.row("select measured from snapshots where version = ?", version)
+        return dict(json.loads(row["measured"])) if row else {}
+
+    def keep_measured(self, version: int, gate: str, found: dict[str, Any]) -> None:
+        """Write down what one gate found of a version, in the place of what it found before."""
+        with self.transaction():
+            self.update_snapshot(version, measured=json.dumps({**self.measured(version), gate: found}))
 
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""
