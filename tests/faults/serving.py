@@ -67,8 +67,8 @@ def measure(work: Path, scale: str) -> Findings:
             "protocols, and really read the weights. None of the three itself was run."
         ),
         (
-            f"A server that restarts by itself is not found out before it is asked, every "
-            f"{CHECK_SECONDS:g} s here; a claim counts as false when it is kept for longer than {NOTICED_SECONDS:g} s."
+            "A server that restarts by itself is not found out before it is asked, which is every "
+            f"{CHECK_SECONDS:g} s here; a claim counts as false when it is kept for {NOTICED_SECONDS:g} s."
         ),
     ]
     return found
