@@ -422,6 +422,11 @@ class Ledger:
             promotion, target, version,
         )  # fmt: skip
 
+    def close_telling(self, number: int, state: str, why: str) -> None:
+        """Write down how a telling ended: done, skipped or dropped."""
+        query = "update outbox set state = ?, error = ?, done_at = ? where id = ?"
+        self.write(query, state, why, now(), number)
+
     def telling(self, promotion: int, target: str) -> Row | None:
         """Read how far a target is with one promotion."""
         return self.row("select * from outbox where (promotion, target) = (?, ?)", promotion, target)

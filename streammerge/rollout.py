@@ -75,7 +75,8 @@ def skip_older(merge: Merge, target: str) -> None:
     for row in merge.ledger.rows(
         "select * from outbox where target = ? and state = 'pending' and promotion < ?", target, last["id"]
     ):
-        telling.finish(merge, row, "skipped", f"version {last['version']} came before the target was told")
+        why = f"version {last['version']} came before the target was told"
+        merge.ledger.close_telling(row["id"], "skipped", why)
 
 
 def welcome(merge: Merge) -> None:
@@ -93,7 +94,7 @@ def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
     """Close the rows of targets that the configuration no longer has, and forget what they served."""
     for row in merge.ledger.rows("select * from outbox where state = 'pending'"):
         if row["target"] not in names:
-            telling.finish(merge, row, "dropped", "the target is no longer configured")
+            merge.ledger.close_telling(row["id"], "dropped", "the target is no longer configured")
     for row in merge.ledger.rows("select target from served"):
         if row["target"] not in names:
             merge.ledger.write("delete from served where target = ?", row["target"])

@@ -57,6 +57,15 @@ def doubt(merge: Merge, target: Target, row: Row, why: TryAgain, beat: Callable[
     take_back(merge, target, row, good, why)
 
 
+def undecided_until(merge: Merge) -> float:
+    """When a target is asked again whose wrong answers do not say yet who is to blame; 0.0 for none."""
+    row = merge.ledger.row(
+        "select min(next_try_at) as at from outbox where state = 'pending' and wrong between 1 and ?",
+        WRONG_ANSWERS,
+    )
+    return float((row or {})["at"] or 0.0)
+
+
 def version_before(merge: Merge, version: int, served: Iterable[int]) -> Snapshot | None:
     """Find the newest of the versions that all served which is older, accepted and on disk whole."""
     marked = merge.ledger.fact("damaged") or {}
