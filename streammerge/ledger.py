@@ -97,8 +97,8 @@ create index outbox_by_target on outbox (target, state, id);
 create index outbox_pending on outbox (id) where state = 'pending';
 """
 
-# What gates measured of a version, as {gate: {figure: number}}; when a target confirmed a version, how often
-# in a row it answered wrong, and what it served when it was asked last.
+# What each gate found of a version, see gates.Bench.keep; when a target confirmed a version, how often in a
+# row it answered wrong, and what it served when it was asked last.
 M005_SERVED = """
 alter table snapshots add column measured text not null default '{}';
 alter table outbox add column confirmed_at real;
@@ -396,6 +396,16 @@ class Ledger:
         marks = ", ".join("?" for _ in wanted)
         query = f"select version from snapshots where state != 'candidate' and version in ({marks})"  # noqa: S608 -- only question marks are put in
         return {version for (version,) in self.tuples(query, *wanted)}
+
+    def measured(self, version: int) -> dict[str, Any]:
+        """Give what gates found of a version, by the gate's name."""
+        row = self.row("select measured from snapshots where version = ?", version)
+        return dict(json.loads(row["measured"])) if row else {}
+
+    def keep_measured(self, version: int, gate: str, found: dict[str, Any]) -> None:
+        """Write down what one gate found of a version, in the place of what it found before."""
+        with self.transaction():
+            self.update_snapshot(version, measured=json.dumps({**self.measured(version), gate: found}))
 
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""

@@ -7,26 +7,25 @@ finished or removed by `recovery`. The order of a step's effects is never the or
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import batches, files, machine, methods, promote, replay, reports, screen, snapshots
-from streammerge.acceptance import conclude, record_candidate
+from streammerge import batches, files, machine, promote, replay, reports, screen, snapshots
+from streammerge.acceptance import conclude
 from streammerge.aside import put_back, remove_fetched, set_aside
-from streammerge.card import card
 from streammerge.collect import tidy
 from streammerge.engine import Serve
 from streammerge.errors import NoSpace, Refused, Stopped, TryAgain, Unable
 from streammerge.fetching import bring_in, identify, published
 from streammerge.figures import RELATIVE
 from streammerge.fit import Tolerance
-from streammerge.furnish import furnish
 from streammerge.judging import Changed, judge
-from streammerge.lineage import entry_of, manifest_of
+from streammerge.lineage import entry_of
 from streammerge.methods import Totals
+from streammerge.sealing import render, seal
 from streammerge.state import State
 from streammerge.steps import reached
 
@@ -35,10 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.engine import Folded
-    from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
-    from streammerge.rendering import Rendered
     from streammerge.replay import Entry, Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
@@ -302,64 +299,6 @@ def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]])
         return seal(merge, building, manifest, hashes)
 
 
-def render(
-    merge: Merge,
-    state: State,
-    folded: list[dict[str, Any]],
-    parent: Snapshot | None,
-    version: int,
-    building: Path,
-    measured: Measured | None = None,
-    model: Rendered | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Step 5: write what servers load; gives the manifest to be and the hashes known so far.
-
-    `model` is given where its weights are written already.
-    """
-    recipe, finish = merge.recipe, merge.config.finalize
-    with merge.metrics.stage("render"), ExitStack() as stack:
-        rereads = methods.rereads(recipe.method)
-        again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
-        if model is None:
-            model = merge.engine.render(recipe, state, finish, building / "model", folded=again)
-        for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
-            if incoming.finetune.finish() != entry["digest"]:
-                files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
-                raise TryAgain(
-                    f"what the store kept of {entry['name']} is not what was folded",
-                    hint="it is fetched from its source again",
-                )
-    rendered, norm = model
-    hashes = {f"state/{name}": found for name, found in state.hashes.items()}
-    hashes |= {f"model/{name}": found for name, found in rendered.items()}
-    manifest = {
-        "version": version,
-        "parent": parent.digest if parent else None,
-        "base": {"digest": recipe.base_digest, "name": recipe.base.name},
-        **manifest_of(merge.engine, recipe, finish, folded, state.totals, norm, measured),
-        "added": merge.store.read_settings()["added"],
-        "routes": [route.model_dump() for route in recipe.routes],
-    }
-    mark = {
-        key: manifest[key]
-        for key in ("version", "parent", "base", "method", "knobs", "finalize", "fine_tunes")
-    }
-    base_model = next(iter(merge.config.base_models), recipe.base.name)
-    furnish(recipe.base, building / "model", card(manifest, base_model=base_model), mark)
-    reached("rendered")
-    return manifest, hashes
-
-
-def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
-    """Step 6: an immutable candidate, then its row."""
-    with merge.metrics.stage("seal"):
-        candidate = snapshots.seal(merge.store, building, manifest, hashes)
-    reached("sealed")
-    record_candidate(merge, candidate)
-    reached("recorded")
-    return candidate
-
-
 def next_version(merge: Merge) -> int:
     """Give the next number: one more than any that was ever sealed."""
     row = merge.ledger.row("select max(version) as version from snapshots")
@@ -372,10 +311,11 @@ def next_version(merge: Merge) -> int:
 def require_space(merge: Merge, purpose: str, *, states: int = 1) -> None:
     """Raise NoSpace before work that the disk cannot hold; what was only prepared, or may go, goes first.
 
-    states  how many lie there at a time beside the model
+    states  how many lie there at a time beside the model, and one on trial where that is tuned
     """
     settings, reserve = merge.store.read_settings(), merge.config.reserve
     needed = reports.version_bytes(settings) + (states - 1) * int(settings["state_bytes"])
+    needed += int(settings["base"]["bytes"]) if merge.config.tune else 0
     try:
         machine.require_space(merge.store.root, needed, reserve_bytes=reserve, purpose=purpose)
     except NoSpace:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import models
 import pytest
 import torch
+from merges import look, opened, states, turn, versions, weights_of, work_off
 from safetensors.torch import save_file
 
-from streammerge import methods, operations, pipeline, recovery, screen, snapshots, turns
-from streammerge.config import Config
-from streammerge.engine import Engine
-from streammerge.metrics import Metrics
+from streammerge import methods, operations, pipeline, snapshots
 from streammerge.sources import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
-
-    from streammerge.merging import Merge
 
 NAMES = ("a", "b", "c", "d")
 OTHERS = ("opcm", *(name for name in methods.NAMES if name not in ("spectral_cap", "opcm", "pcb")))
@@ -39,61 +33,6 @@ def base(tmp_path: Path) -> dict[str, Tensor]:
     """A toy base, and a folder for its fine-tunes."""
     (tmp_path / "fine-tunes").mkdir()
     return models.make_base(tmp_path / "base")
-
-
-@contextmanager
-def opened(root: Path, store: str, *, residency: str = "disk", **keys: Any) -> Iterator[Merge]:
-    """A merge at work on one of several stores of the same base and source."""
-    source = {"name": "team", "type": "directory", "path": root / "fine-tunes", "settle": "0s"}
-    config = Config.model_validate(
-        {
-            "base": root / "base", "store": root / store, "reserve": "1MB", "threads": 1,
-            "sources": [source], "keep": 50, **keys,
-        }
-    )  # fmt: skip
-    recovery.prepare_folder(config)
-    engine = Engine(device="cpu", threads=1, residency=residency)
-    merge = recovery.open_merge(config, engine, Metrics(screen.REASONS))
-    try:
-        yield merge
-    finally:
-        merge.ledger.close()
-
-
-def look(merge: Merge) -> None:
-    """Look at the folder."""
-    [part] = merge.config.sources
-    turns.look_at(merge, open_source(part, merge.config), lambda _name, _seconds: None)
-
-
-def turn(merge: Merge) -> bool:
-    """Take up the next thing that can be done."""
-    [part] = merge.config.sources
-    return turns.work_once(merge, {"team": open_source(part, merge.config)})
-
-
-def work_off(merge: Merge) -> None:
-    """Look, and fold until nothing is left."""
-    look(merge)
-    while turn(merge):
-        pass
-
-
-def weights_of(merge: Merge) -> dict[str, str]:
-    """Give the hash of every file of head's state and model that holds numbers."""
-    listed = merge.head.manifest["files"]
-    return {name: facts["sha256"] for name, facts in listed.items() if name.endswith(".safetensors")}
-
-
-def states(merge: Merge) -> dict[str, str]:
-    """Give the state of every fine-tune."""
-    return {row["name"]: row["state"] for row in merge.ledger.fine_tunes()}
-
-
-def versions(merge: Merge) -> list[tuple[str, list[str]]]:
-    """Give what became of each version after the first, and what was new in it."""
-    rows = merge.ledger.rows("select state, added from snapshots where version > 0 order by version")
-    return [(row["state"], json.loads(row["added"])) for row in rows]
 
 
 def publish(root: Path, base: Mapping[str, Tensor], *names: str, **how: Any) -> None:
