@@ -87,6 +87,7 @@ async def _watched(exchange: Any, beat: Callable[[], None]) -> Answer:  # noqa: 
     finally:
         task.cancel()
         await asyncio.wait({task})
+        _ = task.cancelled() or task.exception()  # seen, so that asyncio says nothing of it
 
 
 async def _exchange(
