@@ -379,10 +379,19 @@ class Ledger:
 
     def decided(self, versions: Iterable[int]) -> set[int]:
         """Give those of these snapshots that have a row and are candidates no more."""
-        wanted = list(versions)
-        marks = ", ".join("?" for _ in wanted)
-        query = f"select version from snapshots where state != 'candidate' and version in ({marks})"  # noqa: S608 -- only question marks are put in
-        return {version for (version,) in self.tuples(query, *wanted)}
+        query = (
+            "select version from snapshots where state != 'candidate' "
+            "and version in (select value from json_each(?))"
+        )
+        return {version for (version,) in self.tuples(query, json.dumps([*versions]))}
+
+    def counts(self, versions: Iterable[int], *, most: int) -> list[tuple[int, int]]:
+        """Give those of these snapshots that hold `most` fine-tunes or fewer, and how many; most first."""
+        query = (
+            "select version, count from snapshots where count <= ? "
+            "and version in (select value from json_each(?)) order by count desc, version"
+        )
+        return [(version, count) for version, count in self.tuples(query, most, json.dumps([*versions]))]
 
     def last_promotion(self) -> Row | None:
         """Read the newest intent to switch `current`."""

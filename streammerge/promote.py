@@ -79,14 +79,19 @@ def deliver(merge: Merge, targets: Sequence[Target]) -> float:
     """
     drop_unknown(merge, {target.name for target in targets})
     welcome(merge)
-    due = []
-    for target in targets:
-        while (row := next_row(merge, target.name)) and row["next_try_at"] <= now():
-            if not attempt(merge, target, row):
-                break
-        if row := next_row(merge, target.name):
-            due.append(row["next_try_at"])
-    return min(due, default=0.0)
+    is_told = True
+    while is_told:
+        is_told = False
+        for target in targets:  # each in turn: one that lags behind holds up no other
+            is_told |= tell_next(merge, target)
+    left = [row for target in targets if (row := next_row(merge, target.name))]
+    return min((row["next_try_at"] for row in left), default=0.0)
+
+
+def tell_next(merge: Merge, target: Target) -> bool:
+    """Tell a target of the oldest promotion that is due for it; whether that worked."""
+    row = next_row(merge, target.name)
+    return row is not None and row["next_try_at"] <= now() and attempt(merge, target, row)
 
 
 def next_row(merge: Merge, target: str) -> Row | None:
@@ -101,8 +106,8 @@ def next_row(merge: Merge, target: str) -> Row | None:
 
 def attempt(merge: Merge, target: Target, row: Row) -> bool:
     """Tell one target of one promotion; record how it went."""
-    path = snapshots.by_version(merge.store, row["version"])
-    if path is None:
+    path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
+    if not path.is_dir():
         finish(merge, row, "skipped", "the version was collected before the target could be told")
         return True
     started = time.monotonic()
