@@ -6,6 +6,7 @@ by one rename; targets get every promotion in order, at least once, with the sam
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING
 
@@ -179,13 +180,13 @@ def welcome(merge: Merge) -> None:
 
 def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
     """Close the rows of targets that the configuration no longer has."""
-    for row in merge.ledger.rows("select * from outbox where state = 'pending'"):
-        if row["target"] not in names:
-            finish(merge, row, "dropped", "the target is no longer configured")
+    query = "select * from outbox where state = 'pending' and target not in (select value from json_each(?))"
+    for row in merge.ledger.rows(query, json.dumps([*names])):
+        finish(merge, row, "dropped", "the target is no longer configured")
 
 
 def awaited(merge: Merge) -> set[int]:
     """List versions that some target is still to be told of, and the last one each confirmed."""
-    pending = merge.ledger.rows("select distinct version from outbox where state = 'pending'")
+    pending = merge.ledger.tuples("select distinct version from outbox where state = 'pending'")
     confirmed = [merge.ledger.last_told(part.name) for part in merge.config.targets]
-    return {row["version"] for row in (*pending, *confirmed) if row}
+    return {version for (version,) in pending} | {row["version"] for row in confirmed if row}

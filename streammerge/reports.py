@@ -135,16 +135,18 @@ def source_status(ledger: Ledger, name: str) -> dict[str, Any]:
 def target_status(ledger: Ledger, name: str) -> dict[str, Any]:
     """Say what a target confirmed last, and what it is still to be told."""
     done = ledger.last_told(name)
-    open_rows = ledger.rows("select * from outbox where target = ? and state = 'pending' order by id", name)
-    state = "starting" if not done and not open_rows else "confirmed" if not open_rows else "telling"
-    if open_rows and open_rows[0]["attempts"]:
+    query = "select * from outbox where target = ? and state = 'pending' order by id limit 1"
+    first = ledger.row(query, name)
+    state = "telling" if first else "confirmed" if done else "starting"
+    if first and first["attempts"]:
         state = "failing"
+    query = "select count(*) as n from outbox where target = ? and state = 'pending'"
     return {
         "name": name,
         "state": state,
         "snapshot": done["version"] if done else None,
-        "open": len(open_rows),
-        "error": open_rows[0]["error"] if open_rows else None,
+        "open": (ledger.row(query, name) or {"n": 0})["n"],
+        "error": first["error"] if first else None,
     }
 
 
