@@ -313,7 +313,7 @@ def names(parent: Path) -> list[str]:
         there = os.listdir(parent)  # noqa: PTH208 -- paths cost ten times as much
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(filter(FOLDER.match, there), key=lambda name: (numbered(name), name))
+    return sorted(sorted(filter(FOLDER.match, there)), key=len)  # the longer number is the greater
 
 
 def number(path: Path) -> int:
