@@ -34,8 +34,8 @@ log = structlog.get_logger()
 
 def attempt(merge: Merge, target: Target, row: Row, beat: Callable[[], None]) -> bool:
     """Tell one target of one promotion; False where it is to be told again, raises AnsweredWrong."""
-    path = snapshots.by_version(merge.store, row["version"])
-    if path is None:
+    path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
+    if not path.is_dir():
         merge.ledger.close_telling(
             row["id"], "skipped", "the version was collected before the target could be told"
         )
