@@ -96,11 +96,12 @@ def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> boo
     What a person asked for may drop: that is only said.
     """
     current = snapshots.current(merge.store)
+    bench = gates.Bench(
+        merge.ledger, merge.metrics, current, merge.recipe.base, merge.base_norm, merge.engine.beat
+    )
     try:
         with merge.metrics.stage("gate"):
-            verdict = gates.check(
-                merge.config.gates, candidate.path, current, merge.engine.beat, drops_refuse=not asked_for
-            )
+            verdict = gates.check(merge.config.gates, candidate.path, bench, drops_refuse=not asked_for)
         merge.broken_gate, merge.gate_attempts = "", 0
     except Stopped:
         raise
@@ -122,11 +123,20 @@ def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> boo
     with merge.ledger.transaction():  # else a kill in between has it folded once more, to be refused again
         merge.ledger.update_snapshot(candidate.version, state="refused", note=why)
         if rows:
-            hint = "`streammerge fine-tunes retry` folds it again"
-            batches.blame(merge, rows, "quarantined", Refused("quality", why, hint=hint))
+            batches.blame(merge, rows, "quarantined", refusal(candidate.version, why))
     merge.metrics.folds.labels("refused").inc()
     tidy(merge)
     return False
+
+
+def refusal(version: int, why: str) -> Refused:
+    """Why a fine-tune is set aside whose candidate was refused; reports.refused_in reads the number."""
+    return Refused(
+        "quality",
+        f"version {version}: {why}",
+        hint="`streammerge fine-tunes show` has all figures; `streammerge fine-tunes retry` folds it again, "
+        "onto what is folded then",
+    )
 
 
 def discard(merge: Merge, candidate: Snapshot) -> None:

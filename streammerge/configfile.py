@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from streammerge.config import FIXED, Config
+from streammerge.config.gates import CommandGate
 from streammerge.config.targets import ExecTarget, Serving
 from streammerge.errors import ConfigError, shown
 
@@ -26,19 +27,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
-CHOSEN = (
-    "directory",
-    "hub",
-    "exec",
-    "sglang",
-    "vllm",
-    "triton",
-    "webhook",
-    "command",
-    "Since",
-    "Matching",
-    "Any",
-)
+LISTS = ("sources", "gates", "targets")  # of sections of several kinds
+UNITED = ("Since", "Matching", "Any")  # sections that stand where a plain value may
 PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
 
 
@@ -123,7 +113,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     """Turn pydantic's findings into one line for each: the key, what is wrong, the nearest valid key."""
     lines, hints = [], []
     for found in error.errors():
-        spots = [part for part in found["loc"] if part not in CHOSEN]
+        spots = [part for place, part in enumerate(found["loc"]) if not _is_kind(found["loc"], place)]
         key = shown(".".join(str(part) for part in spots))
         message = str(found["msg"]).removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
@@ -154,6 +144,11 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     return ConfigError(
         f"{path}: " + "; ".join(lines), hint="; ".join(hints) or "see config/streammerge.yaml for every key"
     )
+
+
+def _is_kind(spots: Sequence[Any], place: int) -> bool:
+    """Whether a part of a place is pydantic's word for one of several sections, and no key."""
+    return spots[place] in UNITED or (place == 2 and spots[0] in LISTS)
 
 
 def valid_keys(spots: Sequence[Any]) -> list[str]:
@@ -193,7 +188,14 @@ def resolve_paths(config: Config, folder: Path) -> Config:
         return Path(found)
 
     def absolute(part: Section) -> dict[str, Any]:
-        return {key: against(value) for key, value in part if isinstance(value, Path)}
+        single = {key: against(value) for key, value in part if isinstance(value, Path)}
+        lists = {key: value for key, value in part if isinstance(value, tuple)}
+        several = {
+            key: tuple(map(against, value))
+            for key, value in lists.items()
+            if value and all(isinstance(path, Path) for path in value)
+        }
+        return {**single, **several}
 
     def target(part: TargetSection) -> dict[str, Any]:
         changed = absolute(part)
@@ -220,7 +222,13 @@ def resolve_paths(config: Config, folder: Path) -> Config:
                     "argv": _program(config.tune.argv, folder) if config.tune.argv else (),
                 }
             ),
-            "gates": tuple(g.model_copy(update={"argv": _program(g.argv, folder)}) for g in config.gates),
+            "gates": tuple(
+                part.model_copy(
+                    update=absolute(part)
+                    | ({"argv": _program(part.argv, folder)} if isinstance(part, CommandGate) else {})
+                )
+                for part in config.gates
+            ),
         }
     )
 

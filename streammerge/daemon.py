@@ -25,6 +25,7 @@ from streammerge import (
     configfile,
     credentials,
     files,
+    gates,
     machine,
     operations,
     reconcile,
@@ -104,6 +105,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises what forbids to go on: ConfigError, Locked, Damaged."""
+        gates.require(self.config.gates)
         store = recovery.prepare_folder(self.config)
         with machine.errors("opening the store", store.root), files.locked(store.lock):
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -257,7 +259,8 @@ class Daemon:
                 seconds=part.poll,
                 next_run_time=datetime.now().astimezone(),
             )
-        self.metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
+        lists = (config.sources, config.targets, config.gates)
+        self.metrics.introduce(*([part.name for part in parts] for parts in lists))
         self.metrics.reload_time.set_to_current_time()
         self.work_there.set()
         self.news_there.set()
@@ -280,6 +283,7 @@ class Daemon:
         if fixed := configfile.changed_fixed(self.config, fresh):
             raise ConfigError(f"{', '.join(fixed)} cannot change while the daemon runs", hint="restart it")
         check_method(fresh)
+        gates.require(fresh.gates)
         if self.merge is not None:
             check_cap(fresh, self.merge.head)
         return fresh

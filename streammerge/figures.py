@@ -95,7 +95,9 @@ def nearest(sample: bytes, others: Iterable[Sequence[tuple[str, bytes]]]) -> tup
         alike = [(name, other) for name, other in part if len(other) == len(sample)]
         found = samples.cosines(sample, [other for _, other in alike]) if alike else []
         for cosine, (name, _) in zip(found, alike, strict=True):
-            best = max(best or (0.0, ""), (cosine, name), key=lambda pair: abs(pair[0]))
+            best = best or (0.0, "")
+            if abs(cosine) > abs(best[0]):
+                best = (cosine, name)
     return best
 
 

@@ -13,7 +13,7 @@ from streammerge import figures, files, screen
 from streammerge.errors import TryAgain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from streammerge.arriving import Incoming
     from streammerge.engine import Folded
@@ -52,7 +52,7 @@ def _weigh(
             measured,
             merge.base_norm,
             merge.engine.attention(merge.recipe, incoming, measured, raw=limits.gauge.raw),
-            figures.nearest(measured.sample, _others(merge, row, folded)),
+            _nearest(merge, row, folded, measured.sample),
         ),
         limits,
         row["overruled"].split(),
@@ -74,12 +74,18 @@ def _weigh(
     figures.refuse(found.values())
 
 
-def _others(merge: Merge, row: Row, folded: Iterable[dict[str, Any]]) -> Iterator[list[tuple[str, bytes]]]:
-    """Give the samples of what is folded, under the names that a person knows; not of its own revisions."""
-    names = {
-        entry["digest"]: f"{entry['source']}:{entry['name']}"
+def _nearest(
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], sample: bytes
+) -> tuple[float, str] | None:
+    """Find what is most alike of what is folded, by the name that a person knows; not its own revisions."""
+    entries = {
+        entry["digest"]: entry
         for entry in folded
         if (entry["source"], entry["name"]) != (row["source"], row["name"])
     }
-    for part in merge.ledger.samples():
-        yield [(names[digest], sample) for digest, sample in part if digest in names]
+    parts = ([pair for pair in part if pair[0] in entries] for part in merge.ledger.samples())
+    found = figures.nearest(sample, parts)
+    if found is None:
+        return None
+    cosine, digest = found
+    return cosine, "{source}:{name}".format_map(entries[digest]) if digest else ""

@@ -34,6 +34,7 @@ DECISIONS = ("folded", "refused", "quarantined", "superseded", "ignored", "gone"
 STAGES = ("announce", "queue", "fetch", "fold", "render", "tune", "seal", "gate", "promote")
 POLL_RESULTS = ("ok", "error")
 TOLD_RESULTS = ("ok", "failed", "wrong")
+GATE_VERDICTS = ("passed", "refused", "later", "broken")
 
 
 class Metrics:
@@ -216,6 +217,20 @@ class Metrics:
             "streammerge_promotions_total", "Switches of current", ["cause"], registry=at
         )
 
+        self.gate_verdicts = Counter(
+            "streammerge_gate_verdicts_total",
+            "Candidates judged, by gate and what it said",
+            ["gate", "verdict"],
+            registry=at,
+        )
+        self.gate_seconds = Histogram(
+            "streammerge_gate_duration_seconds",
+            "Time a gate took for one candidate",
+            ["gate"],
+            buckets=LONG_SECONDS,
+            registry=at,
+        )
+
     def _declare_targets(self, at: CollectorRegistry) -> None:
         """Targets, and what they confirmed."""
         self.told = Counter(
@@ -291,8 +306,8 @@ class Metrics:
             registry=at,
         )
 
-    def introduce(self, sources: Iterable[str], targets: Iterable[str]) -> None:
-        """Start every series of the configured sources and targets at zero."""
+    def introduce(self, sources: Iterable[str], targets: Iterable[str], gates: Iterable[str] = ()) -> None:
+        """Start every series of the configured sources, targets and gates at zero."""
         for source in sources:
             for result in POLL_RESULTS:
                 self.polls.labels(source, result)
@@ -312,3 +327,7 @@ class Metrics:
                 self.told.labels(target, result)
             for metric in (self.told_seconds, self.outbox, self.served, self.drifts, self.served_seconds):
                 metric.labels(target)
+        for gate in gates:
+            self.gate_seconds.labels(gate)
+            for verdict in GATE_VERDICTS:
+                self.gate_verdicts.labels(gate, verdict)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import Progress
 
-from streammerge import figures, files, machine, methods, plan, screen, weights
+from streammerge import figures, files, gates, machine, methods, plan, screen, weights
 from streammerge.arriving import Incoming
 from streammerge.card import card
 from streammerge.config.screens import Screens
@@ -315,6 +315,7 @@ def check(config: Config) -> dict[str, Any]:
     """
     knobs = methods.resolve(config.method, config.knobs)
     check_method(config)
+    gates.require(config.gates)
     is_there = not config.hub_base or config.base_path.exists()
     entries = open_base_headers(config.base_path) if is_there else {}
     kinds = {e.name: plan.kind_of(e, added_globs(config)) for e in entries.values() if e.is_floating}

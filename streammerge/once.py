@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, machine, operations, reconcile, recovery, rollout, screen, turns
+from streammerge import files, gates, machine, operations, reconcile, recovery, rollout, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
 from streammerge.metrics import Metrics
@@ -46,6 +46,7 @@ def run_once(config: Config) -> None:
     Raises TryAgain where something was left for later: a source that failed, a full disk, a target not
     confirmed.
     """
+    gates.require(config.gates)
     store = recovery.prepare_folder(config)
     with machine.errors("working", store.root), files.locked(store.lock):
         asked_to_stop = threading.Event()
@@ -53,7 +54,8 @@ def run_once(config: Config) -> None:
         beat = partial(raise_if_set, asked_to_stop)
         engine = recovery.engine_of(config, beat)
         metrics = Metrics(screen.REASONS)
-        metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
+        lists = (config.sources, config.targets, config.gates)
+        metrics.introduce(*([part.name for part in parts] for parts in lists))
         merge = recovery.open_merge(config, engine, metrics)
         try:
             turns.check_served(merge)

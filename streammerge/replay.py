@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -86,12 +87,12 @@ def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | 
     """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
     marked = merge.ledger.fact("damaged") or {}
     sound = [
-        found
-        for found in snapshots.line_of(merge.store, head.digests[:place])
-        if str(found.version) not in marked and found.fine_tunes
+        (path, count)
+        for path, count in snapshots.line_of(merge.store, head.digests[:place])
+        if count and str(snapshots.number(path)) not in marked
     ]
-    best = max(sound, key=lambda found: len(found.fine_tunes), default=None)
-    return best, len(best.fine_tunes) if best else 0
+    path, count = max(sound, key=itemgetter(1), default=(None, 0))
+    return (snapshots.read(path), count) if path else (None, 0)
 
 
 def problem_of(merge: Merge, way: Way) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -160,9 +161,31 @@ def history(ledger: Ledger, limit: int = 100) -> list[dict[str, Any]]:
             "version": row["version"], "digest": row["digest"], "parent": row["parent"],
             "sealed_at": iso(row["sealed_at"]), "promoted_at": iso(row["promoted_at"]), "state": row["state"],
             "added": json.loads(row["added"]), "removed": json.loads(row["removed"]), "note": row["note"],
+            "gates": gates_of(row),
         }
         for row in reversed(rows)
     ]  # fmt: skip
+
+
+def gates_of(row: Row) -> dict[str, dict[str, Any]]:
+    """Say what each gate found of a version: verdict, reasons, figures, limits, what they were beside."""
+    found = json.loads(row.get("measured", "{}"))  # a ledger of an older release has none
+    return {
+        gate: {
+            "verdict": part.get("verdict"),
+            **{key: part.get(key, {}) for key in ("figures", "notes", "limits", "against")},
+            "reasons": part.get("reasons", []),
+        }
+        for gate, part in found.items()
+    }
+
+
+def refused_in(ledger: Ledger, row: Row) -> dict[str, Any]:
+    """Give the version in which a gate refused this fine-tune, and what gates found of it; {} if none did."""
+    if row["reason"] != "quality" or not (named := re.match(r"version (\d+): ", row["detail"])):
+        return {}
+    found = ledger.snapshot(int(named[1]))
+    return {"version": found["version"], "gates": gates_of(found)} if found else {}
 
 
 def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
@@ -213,10 +236,10 @@ def resolve(store: Store, ledger: Ledger, which: str) -> Path:
 def fine_tunes(ledger: Ledger) -> list[dict[str, Any]]:
     """List every fine-tune ever seen, in folding order."""
     figures = ledger.figures()
-    return [fine_tune(row, figures) for row in ledger.fine_tunes()]
+    return [fine_tune(ledger, row, figures) for row in ledger.fine_tunes()]
 
 
-def fine_tune(row: Row, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def fine_tune(ledger: Ledger, row: Row, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Describe one fine-tune: where it stands, waiting for what, until when, with which of these figures."""
     return {
         "name": row["name"], "source": row["source"],
@@ -227,6 +250,7 @@ def fine_tune(row: Row, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "updated_at": iso(row["updated_at"]), "attempts": row["attempts"],
         "until": iso(row["next_try_at"]) if row["next_try_at"] and row["state"] in PENDING_STATES else None,
         "overruled": row.get("overruled", "").split(), "figures": figures.get(row["digest"], {}),
+        "refused_in": refused_in(ledger, row),
     }  # fmt: skip
 
 

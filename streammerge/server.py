@@ -150,11 +150,16 @@ def summary(views: Views) -> str:
     parts.append(
         table(
             "Versions",
-            views.history()[-20:][::-1],
-            ("version", "state", "added", "removed", "promoted_at", "note"),
+            [{**row, "gates": verdicts(row["gates"])} for row in views.history()[-20:][::-1]],
+            ("version", "state", "added", "removed", "promoted_at", "gates", "note"),
         )
     )
     return "".join(parts)
+
+
+def verdicts(gates: dict[str, Any]) -> str:
+    """Write what each gate said of a version."""
+    return ", ".join(f"{name}: {found['verdict']}" for name, found in gates.items() if found["verdict"])
 
 
 def table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:

@@ -300,7 +300,7 @@ def delta_norms(figures: Mapping[str, Tensor]) -> list[float]:
     """Length of every fine-tune's whole delta."""
     if not figures:
         return []
-    return [float(total) for total in sum(rows[:, 0].square() for rows in figures.values()).sqrt()]  # type: ignore[union-attr]
+    return sum(rows[:, 0].square() for rows in figures.values()).sqrt().tolist()  # type: ignore[union-attr]
 
 
 def write_statistics(out: Path, figures: Mapping[str, Tensor], kinds: plan.Plan) -> str:

@@ -1,8 +1,9 @@
 """The door to the HTTP client for serving processes: one request, one answer, bounded in size and time.
 
 Nothing is followed to another address, for a token would go with it; certificates are verified; what is not
-said within the time limit, byte by byte or not at all, is given up. A stop ends a request at once. Knows
-nothing of targets: what an answer means is theirs to say.
+said within the time limit, byte by byte or not at all, is given up. A stop ends a request at once; only a
+name that is being resolved is waited for, as long as the system's resolver takes. Knows nothing of targets:
+what an answer means is theirs to say.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from servers.sglang import SglangServer
 from servers.triton import MODEL, TritonServer
 from servers.vllm import VllmServer
 
-from streammerge import web
+from streammerge import probe, web
 from streammerge.errors import AnsweredWrong, TryAgain
 
 if TYPE_CHECKING:
@@ -108,6 +108,15 @@ def test_vllm_answers_from_one_version_at_a_time(tmp_path: Path, versions: list[
         there.tell(1)
         assert slow.result() == versions[0].label
         assert complete("cached") == versions[1].label
+
+
+def test_vllm_forgets_what_it_computed_also_where_requests_are_kept(
+    tmp_path: Path, versions: list[Told]
+) -> None:
+    """With `pause: keep` vLLM clears nothing by itself."""
+    with place("vllm", versions, tmp_path, pause="keep") as there:
+        probe.ask(there.part, versions[0], lambda: None)  # now it has the answer in its cache
+        there.tell(1)
 
 
 def test_a_dead_engine_is_not_the_versions_fault(tmp_path: Path, versions: list[Told]) -> None:

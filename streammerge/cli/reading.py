@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import typer
@@ -84,7 +85,14 @@ def history(
         print_json(found)
         return
     rows = [
-        (r["version"], r["digest"][:12], r["state"], change_of(r), r["promoted_at"] or "", r["note"])
+        (
+            r["version"],
+            r["digest"][:12],
+            r["state"],
+            change_of(r),
+            r["promoted_at"] or "",
+            r["note"] or gates_in_short(r["gates"]),
+        )
         for r in found
     ]
     print_table(("version", "digest", "state", "change", "promoted", "note"), rows)
@@ -93,6 +101,47 @@ def history(
 def change_of(row: dict[str, Any]) -> str:
     """Write what came in and what went out: +a, -b."""
     return ", ".join([*(f"+{name}" for name in row["added"]), *(f"-{name}" for name in row["removed"])])
+
+
+def gates_in_short(gates: dict[str, Any]) -> str:
+    """Write each gate's verdict, and the figures that have limits: quality passed: mean 0.91."""
+    parts = []
+    for name, found in gates.items():
+        bound = [f for f in found["figures"] if any(fnmatchcase(f, key) for key in found["limits"])]
+        shown = ", ".join(f"{f} {number(found['figures'][f])}" for f in bound)
+        parts.append(f"{name} {found['verdict']}" + (f": {shown}" if shown else ""))
+    return "; ".join(parts)
+
+
+def number(value: float | None) -> str:
+    """Write a figure in a few characters."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def print_gates(gates: dict[str, Any]) -> None:
+    """Print what every gate found: each figure beside its limits and what the version being served had."""
+    for name, found in gates.items():
+        against = found["against"]
+        beside = f", beside version {against['version']}" if against else ""
+        out.print(f"gate {name}: {found['verdict'] or 'measured'}{beside}", soft_wrap=True)
+        for reason in found["reasons"]:
+            out.print(f"  {escape(reason)}", soft_wrap=True)
+        rows = [
+            (
+                figure,
+                number(value),
+                number(against["figures"].get(figure)) if against else "",
+                "; ".join(
+                    " ".join(f"{bound} {limit:g}" for bound, limit in limits.items())
+                    for key, limits in found["limits"].items()
+                    if fnmatchcase(figure, key)
+                ),
+                found["notes"].get(figure, ""),
+            )
+            for figure, value in found["figures"].items()
+        ]
+        if rows:
+            print_table(("figure", "value", "served", "limit", "what it is about"), rows)
 
 
 @app.command()
@@ -129,6 +178,7 @@ def show(
             for i, f in enumerate(found["fine_tunes"], 1)
         ],
     )
+    print_gates(found.get("gates", {}))
 
 
 def tuning_of(account: dict[str, Any]) -> str:
@@ -221,11 +271,11 @@ def show_fine_tune(name: NameArgument, config: ConfigOption = None, *, as_json: 
     from streammerge import reports
 
     _, ledger = reports.open_for_reading(read_config(config))
-    found = reports.fine_tune(reports.match_fine_tune(ledger.fine_tunes(), name), ledger.figures())
+    found = reports.fine_tune(ledger, reports.match_fine_tune(ledger.fine_tunes(), name), ledger.figures())
     if as_json:
         print_json(found)
         return
-    figures, overruled = found.pop("figures"), found.pop("overruled")
+    figures, overruled, refused = found.pop("figures"), found.pop("overruled"), found.pop("refused_in")
     for key, value in {**found, "overruled": ", ".join(overruled) or None}.items():
         out.print(f"{key:16}{escape(str(value)) if value is not None else '-'}", soft_wrap=True)
     if figures:
@@ -240,3 +290,6 @@ def show_fine_tune(name: NameArgument, config: ConfigOption = None, *, as_json: 
             for name, f in figures.items()
         ]
         print_table(("figure", "value", "limit", "verdict", "what it says"), rows)
+    if refused:
+        out.print(f"refused in version {refused['version']}; what is served was not touched", soft_wrap=True)
+        print_gates(refused["gates"])

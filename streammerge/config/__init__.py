@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from streammerge.config.finalize import FinalizeSection
-from streammerge.config.gates import CommandGate
+from streammerge.config.gates import GateSection
 from streammerge.config.screens import Screens, Tensors
 from streammerge.config.section import Section
 from streammerge.config.sources import HubSource, SourceSection
@@ -117,7 +117,7 @@ class Config(Section):
     approve: Literal["auto", "manual"] = Field(
         default="auto", description="whether a person approves each fine-tune"
     )
-    gates: tuple[CommandGate, ...] = Field(default=(), description="checks of a candidate, in order")
+    gates: tuple[GateSection, ...] = Field(default=(), description="checks of a candidate, in order")
     targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
     rollout: Rollout = Field(default=Rollout())
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
