@@ -102,6 +102,7 @@ def test_the_scale_that_the_rows_like_is_chosen(base: dict[str, Tensor], tmp_pat
         assert sorted(p.name for p in head.model.iterdir()) == sorted(p.name for p in plain.model.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_again_gives_the_same_version(base: dict[str, Tensor], tmp_path: Path) -> None:
     """Manifest and bytes do not depend on when or where it was tuned."""
     rows(tmp_path, published(tmp_path, base), 1.3)
@@ -142,7 +143,7 @@ def test_what_only_one_half_likes_is_not_taken(base: dict[str, Tensor], tmp_path
     ("lines", "keys", "why"),
     [
         ("raise SystemExit(3)", {}, "not measured: failed"),
-        ("print('{}')", {}, "not measured: no losses"),
+        pytest.param("print('{}')", {}, "not measured: no losses", marks=pytest.mark.slow),
         ("print('{\"losses\": [1, 2]}')", {}, "not measured: no losses"),
         ("import time; time.sleep(60)", {"timeout": "1s"}, "not measured: failed"),
         ("import time; time.sleep(0.4)" + MEASURE, {"time": "1s"}, "not measured: time"),
@@ -180,6 +181,7 @@ def test_a_program_that_says_later_is_asked_later(base: dict[str, Tensor], tmp_p
         assert merge.head.manifest["tuning"]["accepted"]
 
 
+@pytest.mark.slow
 def test_the_level_of_a_cap_is_tuned(base: dict[str, Tensor], tmp_path: Path) -> None:
     """kappa where the cap is fixed: the search moves it, and the model follows."""
     published(tmp_path, base)
@@ -279,6 +281,7 @@ def test_every_key_of_tune_is_documented_with_its_default() -> None:
         assert getattr(TuneSection.model_validate(as_given), key) == field.default, key
 
 
+@pytest.mark.slow
 def test_show_prints_what_was_tried(base: dict[str, Tensor], tmp_path: Path) -> None:
     """`streammerge show` says what was chosen, why, and every point."""
     site = Site(tmp_path / "site")
