@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, gates, methods, promote, replay, snapshots
-from streammerge.aside import RETRY_SECONDS, set_aside
+from streammerge import batches, files, gates, methods, promote, replay, snapshots
+from streammerge.aside import RETRY_SECONDS
 from streammerge.collect import tidy
 from streammerge.errors import ConfigError, Refused, Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from streammerge.ledger import Row
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
@@ -51,21 +52,42 @@ def conclude(merge: Merge, candidate: Snapshot, *, seconds: float = 0.0, asked_f
         record_accepted(merge, accepted)
         promote.switch(merge)
     refresh_merge_metrics(merge, accepted)
-    merge.metrics.folds.labels("done").inc(bool(added))
-    named = {key: added[-1][key] for key in ("name", "source", "revision")} if added else {}
-    log.info(
-        "finetune.served" if added else "finetune.retracted" if removed else "base.served",
-        **named,
-        **({"removed": [entry["name"] for entry in removed]} if removed else {}),
-        version=accepted.version,
-        digest=accepted.digest[:12],
-        count=len(accepted.fine_tunes),
-        seconds=round(seconds, 3),
-        **accepted.manifest["health"],
-        figures=merge.ledger.values_of(added[-1]["digest"]) if added else {},
-    )
+    merge.metrics.folds.labels("done").inc(len(added))
+    for row in rows:
+        observe_waiting(merge, row, seconds)
+    tell(merge, accepted, added, removed, seconds)
     tidy(merge)
     return True
+
+
+def observe_waiting(merge: Merge, row: Row | None, seconds: float) -> None:
+    """Record how long a fine-tune was public before it was seen, and was seen before its journey began."""
+    if row is not None:
+        stages = merge.metrics.stage_seconds
+        stages.labels("announce").observe(max(0.0, row["first_seen_at"] - row["published_at"]))
+        stages.labels("queue").observe(max(0.0, now() - seconds - row["first_seen_at"]))
+
+
+def tell(
+    merge: Merge,
+    accepted: Snapshot,
+    added: Sequence[Mapping[str, Any]],
+    removed: Sequence[Mapping[str, Any]],
+    seconds: float,
+) -> None:
+    """Log the one line of each journey that ends in a version; one line for a version without any."""
+    for entry in added or ({},):
+        log.info(
+            "finetune.served" if added else "finetune.retracted" if removed else "base.served",
+            **{key: entry[key] for key in ("name", "source", "revision") if entry},
+            **({"removed": [gone["name"] for gone in removed]} if removed else {}),
+            version=accepted.version,
+            digest=accepted.digest[:12],
+            count=len(accepted.fine_tunes),
+            seconds=round(seconds, 3),
+            **accepted.manifest["health"],
+            figures=merge.ledger.values_of(entry["digest"]) if entry else {},
+        )
 
 
 def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> bool:
@@ -97,11 +119,11 @@ def passes(merge: Merge, candidate: Snapshot, *, asked_for: bool = False) -> boo
         )
     why = "; ".join(verdict.reasons)
     added, _ = changes(merge, candidate)
-    row = replay.row_of(merge, added[-1]) if added and not asked_for else None
+    rows = [row for entry in added if (row := replay.row_of(merge, entry))] if not asked_for else []
     with merge.ledger.transaction():  # else a kill in between has it folded once more, to be refused again
         merge.ledger.update_snapshot(candidate.version, state="refused", note=why)
-        if row:
-            set_aside(merge, row, "quarantined", refusal(candidate.version, why))
+        if rows:
+            batches.blame(merge, rows, "quarantined", refusal(candidate.version, why))
     merge.metrics.folds.labels("refused").inc()
     tidy(merge)
     return False

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
 UNABLE_SECONDS = 15.0  # how soon a machine that could not is asked again, at the latest
-QUARANTINED = frozenset({"needs-replay", "quality"})
+QUARANTINED = frozenset({"answered-wrong", "needs-replay", "quality"})
 OTHER_STATES = {"denied": "denied", "ignored": "ignored"}
 
 log = structlog.get_logger()
@@ -48,7 +48,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         state = "quarantined"
     state = OTHER_STATES.get(why.reason, state)
     detail = f"{why.message}; {why.hint}" if why.hint else why.message
-    merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail)
+    merge.ledger.update_fine_tune(row["id"], state=state, reason=why.reason, detail=detail, version=None)
     reached("refused")
     if state in ("refused", "quarantined"):
         merge.metrics.refused.labels(why.reason).inc()
@@ -56,6 +56,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         merge.metrics.decided.labels(row["source"], state).inc()
     log.warning(
         "finetune.refused",
+        **{key: row[key] for key in ("source", "name", "revision")},
         state=state,
         reason=why.reason,
         detail=why.message,
@@ -63,6 +64,28 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         figures=merge.ledger.values_of(row["digest"]),
     )
     remove_fetched(merge, row)
+
+
+def start_again(merge: Merge, row: Row, *, approved: int) -> None:
+    """Put a row back at the start of its journey."""
+    remove_fetched(merge, row)
+    take_up_again(merge, {**row, "approved": approved})
+
+
+def take_up_again(merge: Merge, row: Row) -> None:
+    """Have a fine-tune folded anew, out of what was fetched of it if that is still here."""
+    is_here = (merge.store.inbox / str(row["id"])).is_dir()
+    merge.ledger.update_fine_tune(
+        row["id"],
+        state="pending",
+        reason="",
+        detail="",
+        step="fetched" if is_here else "announced",
+        approved=row["approved"],
+        attempts=0,
+        next_try_at=0.0,
+        version=None,
+    )
 
 
 def put_back(merge: Merge, row: Row, why: TryAgain) -> float:

@@ -386,10 +386,8 @@ def tell_again(ledger: Ledger, config: Config) -> None:
         last["version"], last["digest"], cause, now(), now(),
     )  # fmt: skip
     for target in config.targets:
-        ledger.write(
-            "insert into outbox (promotion, target, version) values (?, ?, ?)",
-            number, target.name, last["version"],
-        )  # fmt: skip
+        ledger.open_telling(number, target.name, last["version"])
+    ledger.write("delete from served")
 
 
 # Folders

@@ -5,6 +5,7 @@ Names and revisions come from strangers: they stand in code spans, from which no
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def card(
         "library_name": library,
         "tags": ["merge", "streammerge"],
     }
-    lines = [
+    head = [
         "---",
         *(yaml.safe_dump({key: value}, width=math.inf).rstrip() for key, value in front.items() if value),
         "---", "",
@@ -50,15 +51,18 @@ def card(
         f"- finalize: {_settings(manifest['finalize'])}", "",
         "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    text = io.StringIO()
+    text.writelines(f"{line}\n" for line in head)
+    sources: dict[str, str] = {}  # a few, of thousands of fine-tunes
     for number, entry in enumerate(manifest["fine_tunes"], 1):
-        name, revision = str(entry["name"]), str(entry["revision"])
-        hub = (hubs or {}).get(str(entry["source"]))
+        name, revision, source = str(entry["name"]), str(entry["revision"]), str(entry["source"])
+        hub = (hubs or {}).get(source)
         shown = _code(name)
         if hub and REPOSITORY.fullmatch(name) and REVISION.fullmatch(revision):
             shown = f"[{shown}]({hub}/{name}/tree/{revision})"
-        cells = [shown, _code(entry["source"]), _code(revision), _code(str(entry["digest"])[:12])]
-        lines.append(f"| {number} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        whose = sources.get(source) or sources.setdefault(source, _code(source))
+        text.write(f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(entry['digest'][:12])} |\n")
+    return text.getvalue()
 
 
 def _settings(values: Mapping[str, Any]) -> str:

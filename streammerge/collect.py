@@ -68,13 +68,15 @@ def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
     inbox = merge.store.inbox
     with merge.turn:
-        with os.scandir(inbox) as found:
-            there = {entry.name for entry in found if entry.is_dir() and not entry.name.endswith(".part")}
-        decided = there - merge.needed - merge.ledger.numbers("pending", "awaiting_approval")
-        folded = merge.ledger.numbers("folded") if decided and merge.config.archive != "drop" else set()
-        for name in decided:
-            if name not in folded or not is_kept(merge.config, inbox / name):
-                files.remove_tree(inbox / name)
+        there = {name for name in os.listdir(inbox) if not name.endswith(".part")}  # noqa: PTH208 -- names
+        unneeded = there - merge.needed - merge.ledger.numbers("pending", "awaiting_approval")
+        if unneeded and merge.config.archive != "drop":
+            folded = unneeded & merge.ledger.numbers("folded")
+            is_all = merge.config.archive == "keep"  # thousands, perhaps: none of them is looked at
+            unneeded -= folded if is_all else {n for n in folded if is_kept(merge.config, inbox / n)}
+        for path in [inbox / name for name in unneeded]:
+            if path.is_dir():
+                files.remove_tree(path)
 
 
 def is_archived(config: Config, row: Row, folder: Path) -> bool:
@@ -113,9 +115,9 @@ def stepping_stones(merge: Merge) -> list[Path]:
         return []
     head, marked = merge.head, merge.ledger.fact("damaged") or {}
     line = {
-        len(found.digests): found.path
-        for found in snapshots.line_of(merge.store, head.digests)
-        if str(found.version) not in marked
+        count: path
+        for path, count in snapshots.line_of(merge.store, head.digests)
+        if str(snapshots.number(path)) not in marked
     }
     wanted = spaced(line, len(head.digests), first=config.keep, levels=config.keep_spaced)
     return [line[count] for count in wanted]

@@ -16,17 +16,19 @@ from pydantic import BaseModel, ValidationError
 
 from streammerge.config import FIXED, Config
 from streammerge.config.gates import CommandGate
-from streammerge.config.targets import ExecTarget
+from streammerge.config.targets import ExecTarget, Serving
 from streammerge.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from streammerge.config.section import Section
+    from streammerge.config.targets import TargetSection
 
 ENVIRONMENT_PREFIX = "STREAMMERGE__"
 CONFIG_VARIABLE = "STREAMMERGE_CONFIG"
 LISTS = ("sources", "gates", "targets")  # of sections of several kinds
+UNITED = ("Since", "Matching", "Any")  # sections that stand where a plain value may
 PLACES = (Path("streammerge.yaml"), Path("/etc/streammerge/streammerge.yaml"))
 
 
@@ -146,7 +148,7 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
 
 def _is_kind(spots: Sequence[Any], place: int) -> bool:
     """Whether a part of a place is pydantic's word for one of several sections, and no key."""
-    return spots[place] == "Since" or (place == 2 and spots[0] in LISTS)
+    return spots[place] in UNITED or (place == 2 and spots[0] in LISTS)
 
 
 def valid_keys(spots: Sequence[Any]) -> list[str]:
@@ -185,7 +187,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
             raise ConfigError(f"{found[:80]!r} is no path", hint="remove the NUL from it")
         return Path(found)
 
-    def absolute(part: Section) -> dict[str, Path | tuple[Path, ...]]:
+    def absolute(part: Section) -> dict[str, Any]:
         single = {key: against(value) for key, value in part if isinstance(value, Path)}
         lists = {key: value for key, value in part if isinstance(value, tuple)}
         several = {
@@ -195,19 +197,30 @@ def resolve_paths(config: Config, folder: Path) -> Config:
         }
         return {**single, **several}
 
+    def target(part: TargetSection) -> dict[str, Any]:
+        changed = absolute(part)
+        if isinstance(part, ExecTarget):
+            changed["argv"] = _program(part.argv, folder)
+        if isinstance(part, Serving):
+            changed["path_map"] = {against(here): there for here, there in part.path_map.items()}
+            if part.probe:
+                argv = {"argv": _program(part.probe.argv, folder)}
+                changed["probe"] = part.probe.model_copy(update={**absolute(part.probe), **argv})
+        return changed
+
     return config.model_copy(
         update={
             "base": against(config.base) if isinstance(config.base, Path) else config.base,
             "store": against(config.store),
             "http": config.http.model_copy(update=absolute(config.http)),
             "sources": tuple(part.model_copy(update=absolute(part)) for part in config.sources),
-            "targets": tuple(
-                part.model_copy(
-                    update={"argv": _program(part.argv, folder)}
-                    if isinstance(part, ExecTarget)
-                    else absolute(part)
-                )
-                for part in config.targets
+            "targets": tuple(part.model_copy(update=target(part)) for part in config.targets),
+            "tune": config.tune
+            and config.tune.model_copy(
+                update={
+                    **absolute(config.tune),
+                    "argv": _program(config.tune.argv, folder) if config.tune.argv else (),
+                }
             ),
             "gates": tuple(
                 part.model_copy(
@@ -222,7 +235,7 @@ def resolve_paths(config: Config, folder: Path) -> Config:
 
 def _program(argv: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """Take a program given with a slash, like ./reload.sh, against the file."""
-    program = argv[0]
+    program = argv[0] if argv else ""
     return (os.path.normpath(folder / program), *argv[1:]) if "/" in program else argv
 
 

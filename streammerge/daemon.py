@@ -28,10 +28,10 @@ from streammerge import (
     gates,
     machine,
     operations,
-    promote,
     reconcile,
     recovery,
     reports,
+    rollout,
     screen,
     turns,
 )
@@ -378,14 +378,16 @@ class Daemon:
         self._for_ever(turn, lambda: name in self.sources)
 
     def _tell(self) -> None:
-        """Tell targets what was promoted."""
+        """Tell targets what was promoted, and see that they go on serving it."""
         merge = self._merge()
         stopping = partial(raise_if_set, self.stopping)
 
         def turn() -> None:
             self.news_there.clear()
             config = merge.config
-            due = promote.deliver(merge, [open_target(part, config, stopping) for part in config.targets])
+            targets = [open_target(part, config, stopping) for part in config.targets]
+            due = rollout.deliver(merge, targets, stopping)
+            rollout.look(merge, targets, stopping)
             self.news_there.wait(min(IDLE_SECONDS, max(0.05, due - now())) if due else IDLE_SECONDS)
 
         self._for_ever(turn)

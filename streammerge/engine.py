@@ -266,7 +266,7 @@ class Engine:
                 hashes |= shard.hashes
             self._prove_base(recipe, base)
         if keep:
-            self._resident.own(out)
+            self._resident.own(hashes)
         rendered = model.finished() if model is not None else None
         return Folded(State(out, hashes, old.totals), folding.measured, rendered)
 
@@ -300,10 +300,6 @@ class Engine:
     def _put(self, slot: str, name: str, start: int, elements: int, values: Tensor) -> None:
         """Keep a part of the new state in memory."""
         self._resident.put(slot, name, start, elements, values, self._memory)
-
-    def keep(self, digest: str) -> None:
-        """The state just folded was sealed under `digest`: what lies on the device belongs to it."""
-        self._resident.name(digest)
 
     def _open_base(self, recipe: Recipe, *, hashing: bool = False, once: bool = False) -> Weights:
         """Open the base of the store: not there now is TryAgain, another one is Damaged."""

@@ -37,6 +37,8 @@ HINTS = {
     OPPOSED: "check who published it and why it takes back what is merged",
     SINGLE: "see what that weight does; edits of single facts and some attacks look like this",
 }
+# What speaks against a fine-tune by what else is merged, and not by itself.
+RELATIVE = frozenset({LONG, REPEATED, OPPOSED, "overflow"})
 REASONS = frozenset(HINTS)  # those that a person may overrule
 VERDICTS = {"refuse": "refused", "quarantine": "quarantined", "warn": "warned", "off": "off"}
 UNRELATED = 1.0  # distance beyond which attention has nothing in common: two that are independent have 1.4
@@ -93,7 +95,9 @@ def nearest(sample: bytes, others: Iterable[Sequence[tuple[str, bytes]]]) -> tup
         alike = [(name, other) for name, other in part if len(other) == len(sample)]
         found = samples.cosines(sample, [other for _, other in alike]) if alike else []
         for cosine, (name, _) in zip(found, alike, strict=True):
-            best = max(best or (0.0, ""), (cosine, name), key=lambda pair: abs(pair[0]))
+            best = best or (0.0, "")
+            if abs(cosine) > abs(best[0]):
+                best = (cosine, name)
     return best
 
 

@@ -117,7 +117,9 @@ class Hub:
             found, links = self._json("GET", url, params=params)
             if not isinstance(found, list):
                 raise _nonsense(url)
-            yield [repo for item in found if (repo := read_repo(item))]
+            page = [repo for item in found if (repo := read_repo(item))]
+            del found  # a thousand repositories as the Hub tells them
+            yield page
             following = links.get("next", {}).get("url", "")
             if following and not following.startswith(self.endpoint + "/"):
                 raise _nonsense(url)

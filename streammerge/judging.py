@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import figures, screen
+from streammerge import figures, files, screen
+from streammerge.errors import TryAgain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from streammerge.arriving import Incoming
+    from streammerge.engine import Folded
     from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
@@ -22,20 +24,35 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
+class Changed(TryAgain):
+    """What is read of a fine-tune is not what was fetched."""
+
+
 def judge(
-    merge: Merge, row: Row, incoming: Incoming, measured: Measured, folded: Iterable[dict[str, Any]]
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, found: Folded
 ) -> None:
     """Raise Refused or Quarantined for a fine-tune that is not to go in; its files are still open.
 
     folded  the manifest's entries of what is in the merge without it
     """
+    if incoming.finetune.finish() != row["digest"]:
+        files.remove_tree(merge.store.inbox / str(row["id"]))
+        merge.ledger.update_fine_tune(row["id"], step="announced")
+        raise Changed("the fetched files changed before they were folded", hint="they are fetched again")
+    _weigh(merge, row, folded, incoming, found.measured)
+
+
+def _weigh(
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, measured: Measured
+) -> None:
+    """Write down its figures, and raise where one of them, or its length, speaks against it."""
     limits = merge.config.screens
     found = figures.examine(
         figures.Evidence(
             measured,
             merge.base_norm,
             merge.engine.attention(merge.recipe, incoming, measured, raw=limits.gauge.raw),
-            figures.nearest(measured.sample, _others(merge, row, folded)),
+            _nearest(merge, row, folded, measured.sample),
         ),
         limits,
         row["overruled"].split(),
@@ -57,12 +74,18 @@ def judge(
     figures.refuse(found.values())
 
 
-def _others(merge: Merge, row: Row, folded: Iterable[dict[str, Any]]) -> Iterator[list[tuple[str, bytes]]]:
-    """Give the samples of what is folded, under the names that a person knows; not of its own revisions."""
-    names = {
-        entry["digest"]: f"{entry['source']}:{entry['name']}"
+def _nearest(
+    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], sample: bytes
+) -> tuple[float, str] | None:
+    """Find what is most alike of what is folded, by the name that a person knows; not its own revisions."""
+    entries = {
+        entry["digest"]: entry
         for entry in folded
         if (entry["source"], entry["name"]) != (row["source"], row["name"])
     }
-    for part in merge.ledger.samples():
-        yield [(names[digest], sample) for digest, sample in part if digest in names]
+    parts = ([pair for pair in part if pair[0] in entries] for part in merge.ledger.samples())
+    found = figures.nearest(sample, parts)
+    if found is None:
+        return None
+    cosine, digest = found
+    return cosine, "{source}:{name}".format_map(entries[digest]) if digest else ""

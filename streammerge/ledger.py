@@ -26,6 +26,7 @@ FINE_TUNE_STATES = (
 )  # fmt: skip
 SNAPSHOT_STATES = ("candidate", "accepted", "refused", "rolled_back", "collected")
 BUSY_SECONDS = 30.0
+CACHE_KIB = 256  # of pages that SQLite keeps to itself; it would take 2,000, and the system keeps them too
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -96,9 +97,14 @@ create index outbox_by_target on outbox (target, state, id);
 create index outbox_pending on outbox (id) where state = 'pending';
 """
 
-# What each gate found of a version, see gates.Bench.keep; what a target said that it serves.
+# What each gate found of a version, see gates.Bench.keep; when a target confirmed a version, how often in a
+# row it answered wrong, and what it served when it was asked last.
 M005_SERVED = """
 alter table snapshots add column measured text not null default '{}';
+alter table outbox add column confirmed_at real;
+alter table outbox add column wrong integer not null default 0;
+update outbox set confirmed_at = done_at where state = 'done';
+create index outbox_by_version on outbox (version);
 create table served (
     target text primary key, snapshot text not null, asked_at real not null, error text not null default ''
 ) strict, without rowid;
@@ -185,6 +191,7 @@ class Ledger:
         is_uri = address.startswith("file:")
         self._db = sqlite3.connect(address, uri=is_uri, timeout=BUSY_SECONDS, check_same_thread=False)
         self._db.isolation_level = None
+        self._db.execute(f"pragma cache_size = -{CACHE_KIB}")
         self._db.row_factory = sqlite3.Row
 
     def _connect_for_reading(self) -> None:
@@ -333,8 +340,9 @@ class Ledger:
     def numbers(self, *states: str) -> set[str]:
         """Give the ids of fine-tunes in these states, as the inbox names their folders."""
         marks = ", ".join("?" for _ in states)
-        found = self.rows(f"select id from fine_tunes where state in ({marks})", *states)  # noqa: S608 -- only question marks are put in
-        return {str(row["id"]) for row in found}
+        query = f"select group_concat(id, ' ') as ids from fine_tunes where state in ({marks})"  # noqa: S608 -- only question marks are put in
+        found = self.row(query, *states)
+        return set(str(found["ids"] or "").split()) if found else set()
 
     # What the screens saw
 
@@ -362,14 +370,14 @@ class Ledger:
         return {name: part["value"] for name, part in self.figures_of(digest).items()}
 
     def samples(self) -> Iterator[list[tuple[str, bytes]]]:
-        """Give the samples of all that was ever measured, with their digests, some at a time."""
-        last = ""
-        while found := self.rows(
-            "select digest, sample from figures where digest > ? order by digest limit ?",
+        """Give the samples of all that was ever measured with their digests, as they lie, some at a time."""
+        last = 0
+        while found := self.tuples(
+            "select rowid, digest, sample from figures where rowid > ? order by rowid limit ?",
             last, SAMPLES_AT_ONCE,
         ):  # fmt: skip
-            yield [(row["digest"], row["sample"]) for row in found]
-            last = found[-1]["digest"]
+            yield [(digest, sample) for _, digest, sample in found]
+            last = found[-1][0]
 
     # Snapshots
 
@@ -381,6 +389,13 @@ class Ledger:
     def snapshot(self, version: int) -> Row | None:
         """Read one snapshot's row."""
         return self.row("select * from snapshots where version = ?", version)
+
+    def decided(self, versions: Iterable[int]) -> set[int]:
+        """Give those of these snapshots that have a row and are candidates no more."""
+        wanted = list(versions)
+        marks = ", ".join("?" for _ in wanted)
+        query = f"select version from snapshots where state != 'candidate' and version in ({marks})"  # noqa: S608 -- only question marks are put in
+        return {version for (version,) in self.tuples(query, *wanted)}
 
     def measured(self, version: int) -> dict[str, Any]:
         """Give what gates found of a version, by the gate's name."""
@@ -396,10 +411,41 @@ class Ledger:
         """Read the newest intent to switch `current`."""
         return self.row("select * from promotions order by id desc limit 1")
 
+    # Targets
+
+    def open_telling(self, promotion: int, target: str, version: int) -> None:
+        """Have a target told of a promotion, or told of it again."""
+        self.write(
+            "insert into outbox (promotion, target, version) values (?, ?, ?) "
+            "on conflict (promotion, target) do update "
+            "set state = 'pending', attempts = 0, wrong = 0, next_try_at = 0, error = ''",
+            promotion, target, version,
+        )  # fmt: skip
+
+    def telling(self, promotion: int, target: str) -> Row | None:
+        """Read how far a target is with one promotion."""
+        return self.row("select * from outbox where (promotion, target) = (?, ?)", promotion, target)
+
     def last_told(self, target: str) -> Row | None:
         """Read what a target confirmed last."""
         query = "select * from outbox where (state, target) = ('done', ?) order by id desc limit 1"
         return self.row(query, target)
+
+    def confirmations(self, version: int) -> list[Row]:
+        """List the targets that confirmed a version, with the last time that each did."""
+        return self.rows(
+            "select target, max(confirmed_at) as at from outbox "
+            "where version = ? and confirmed_at is not null group by target order by at",
+            version,
+        )
+
+    def saw_served(self, target: str, snapshot: str, error: str = "") -> None:
+        """Write down what a target serves, by the name of the version's folder, or why it is not known."""
+        self.write("insert or replace into served values (?, ?, ?, ?)", target, snapshot, now(), error)
+
+    def served(self, target: str) -> Row | None:
+        """Read what a target served when it was asked last."""
+        return self.row("select * from served where target = ?", target)
 
     # Commands
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from streammerge import finalize
     from streammerge.engine import Engine
     from streammerge.folding import Measured
+    from streammerge.ledger import Row
     from streammerge.plan import Recipe
+
+
+def entry_of(row: Row) -> dict[str, Any]:
+    """What every version lists of a fine-tune and this process remembers."""
+    named = {"name": row["name"], "source": sys.intern(row["source"]), "revision": row["revision"]}
+    return {**named, "digest": row["digest"], "weight": row["factor"]}
 
 
 def manifest_of(

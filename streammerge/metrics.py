@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 LONG_SECONDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 7200)
 SHORT_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300)
 DECISIONS = ("folded", "refused", "quarantined", "superseded", "ignored", "gone", "replaced", "retracted")
-STAGES = ("fetch", "fold", "render", "seal", "gate")
+STAGES = ("announce", "queue", "fetch", "fold", "render", "tune", "seal", "gate", "promote")
 POLL_RESULTS = ("ok", "error")
-TOLD_RESULTS = ("ok", "failed")
+TOLD_RESULTS = ("ok", "failed", "wrong")
 GATE_VERDICTS = ("passed", "refused", "later", "broken")
 
 
@@ -71,7 +71,7 @@ class Metrics:
             self.folds.labels(result)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
-        for cause in ("fold", "rollback", "first"):
+        for cause in ("first", "fold", "retract", "rollback", "answered-wrong"):
             self.promotions.labels(cause)
 
     def _declare_process(self, at: CollectorRegistry) -> None:
@@ -258,6 +258,12 @@ class Metrics:
             ["target"],
             registry=at,
         )
+        self.drifts = Counter(
+            "streammerge_target_drifts_total",
+            "Times that a target served something else than it had confirmed",
+            ["target"],
+            registry=at,
+        )
         self.served_seconds = Histogram(
             "streammerge_publish_to_serve_seconds",
             "From publication to confirmed served",
@@ -319,7 +325,7 @@ class Metrics:
         for target in targets:
             for result in TOLD_RESULTS:
                 self.told.labels(target, result)
-            for metric in (self.told_seconds, self.outbox, self.served, self.served_seconds):
+            for metric in (self.told_seconds, self.outbox, self.served, self.drifts, self.served_seconds):
                 metric.labels(target)
         for gate in gates:
             self.gate_seconds.labels(gate)

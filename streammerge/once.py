@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, gates, machine, operations, promote, reconcile, recovery, screen, turns
+from streammerge import files, gates, machine, operations, reconcile, recovery, rollout, screen, turns
 from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
 from streammerge.metrics import Metrics
@@ -67,7 +67,7 @@ def run_once(config: Config) -> None:
                 beat()
             if merge.unable:  # the next one would be folded before the one that failed
                 raise merge.unable
-            promote.deliver(merge, [open_target(part, config, beat) for part in config.targets])
+            rollout.deliver(merge, [open_target(part, config, beat) for part in config.targets], beat)
             left = merge.ledger.fine_tunes("pending") if not merge.held else []
             failures += [f"{row['name']}: {row['detail']}" for row in left]
             failures += [
@@ -91,7 +91,7 @@ def obey_once(config: Config, *, forgiving: bool = False) -> None:
     merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
     try:
         operations.work_off(merge, EVERY_VERB)
-        promote.deliver(merge, [open_target(part, config) for part in config.targets])
+        rollout.deliver(merge, [open_target(part, config) for part in config.targets])
     finally:
         merge.ledger.close()
 

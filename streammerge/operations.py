@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import acceptance, collect, figures, files, pipeline, promote, reports, snapshots, unfinished
+from streammerge import (
+    acceptance,
+    collect,
+    figures,
+    pipeline,
+    promote,
+    reports,
+    reversal,
+    snapshots,
+    unfinished,
+)
+from streammerge.aside import start_again
 from streammerge.errors import Damaged, DiskFails, NoSpace, Stopped, StreammergeError, TryAgain
 from streammerge.ledger import now
 from streammerge.steps import reached
@@ -96,6 +107,7 @@ def resume(merge: Merge) -> dict[str, Any]:
     """Lift the hold, and only the hold: denied digests stay out."""
     was = merge.held
     merge.ledger.set_fact("hold", None)
+    merge.ledger.set_fact("taken_back", 0)
     merge.metrics.held.set(0)
     return {"held": None, "was": was or None}
 
@@ -105,19 +117,15 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
 
     Rolling to a version that holds denied digests lets those in again.
     """
-    ledger, old = merge.ledger, merge.head
+    old = merge.head
     chosen = choose(merge, old, version)
-    kept = set(chosen.digests)
-    removed = [digest for digest in old.digests if digest not in kept]
-    ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
-    ledger.allow(chosen.digests)
-    ledger.set_fact("head", chosen.path.name)
-    ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
-    relabel_snapshots(merge, chosen)
-    relabel_fine_tunes(merge, chosen, removed)
-    promote.intend(merge, chosen, "rollback")
+    removed = [digest for digest in old.digests if digest not in set(chosen.digests)]
+    merge.ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
+    merge.ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
+    for row in reversal.go_back(merge, chosen, "rollback"):
+        detail = f"taken out by the rollback to version {chosen.version}"
+        merge.ledger.update_fine_tune(row["id"], state="denied", reason="denied", version=None, detail=detail)
     merge.metrics.held.set(1)
-    acceptance.refresh_merge_metrics(merge, chosen)
     names = [entry["name"] for entry in old.fine_tunes if entry["digest"] in removed]
     return {"version": chosen.version, "from": old.version, "denied": names, "held": True}
 
@@ -149,49 +157,6 @@ def choose(merge: Merge, head: Snapshot, version: int | None) -> Snapshot:
     if harm := marked.get(number) or next(snapshots.harm_of(path, content=False), ""):
         raise StreammergeError(f"version {number} is damaged: {harm}", hint="choose another version")
     return snapshots.read(path)
-
-
-def relabel_snapshots(merge: Merge, chosen: Snapshot) -> None:
-    """Every version that is no ancestor of the chosen one was rolled back; the chosen line is accepted."""
-    parents = {
-        row["digest"]: row["parent"] for row in merge.ledger.rows("select digest, parent from snapshots")
-    }
-    line, digest = set(), chosen.digest
-    while digest:
-        line.add(digest)
-        digest = parents.get(digest)  # type: ignore[assignment]
-    for row in merge.ledger.rows("select * from snapshots where state in ('accepted', 'rolled_back')"):
-        state = "accepted" if row["digest"] in line else "rolled_back"
-        if state != row["state"]:
-            merge.ledger.update_snapshot(row["version"], state=state)
-
-
-def relabel_fine_tunes(merge: Merge, chosen: Snapshot, removed: list[str]) -> None:
-    """What was taken out is denied; what the chosen version holds is folded, whatever came since."""
-    folded = {(entry["source"], entry["name"], entry["revision"]) for entry in chosen.fine_tunes}
-    for row in merge.ledger.fine_tunes():
-        if row["digest"] in removed and row["state"] == "folded":
-            merge.ledger.update_fine_tune(
-                row["id"],
-                state="denied",
-                reason="denied",
-                version=None,
-                detail=f"taken out by the rollback to version {chosen.version}",
-            )
-        elif (row["source"], row["name"], row["revision"]) in folded and row["state"] != "folded":
-            merge.ledger.update_fine_tune(
-                row["id"], state="folded", reason="", detail="", version=first_with(merge, row["digest"])
-            )
-
-
-def first_with(merge: Merge, digest: str) -> int | None:
-    """Find the oldest version on disk that holds a fine-tune."""
-    for path in snapshots.folders(merge.store.snapshots):
-        with suppress(Damaged):
-            found = snapshots.read(path)
-            if digest in found.digests:
-                return found.version
-    return None
 
 
 def approve(merge: Merge, *, name: str) -> dict[str, Any]:
@@ -267,22 +232,6 @@ def retract(merge: Merge, *, name: str) -> dict[str, Any]:
                 hint="nothing was changed; loosen the gate's limits to take it out all the same",
             )
     raise TryAgain("head moved each time while the fine-tune was taken out", hint="ask again")
-
-
-def start_again(merge: Merge, row: Row, *, approved: int) -> None:
-    """Put a row back at the start of its journey."""
-    files.remove_tree(merge.store.inbox / str(row["id"]))
-    merge.ledger.update_fine_tune(
-        row["id"],
-        state="pending",
-        reason="",
-        detail="",
-        step="announced",
-        approved=approved,
-        attempts=0,
-        next_try_at=0.0,
-        version=None,
-    )
 
 
 def refuse_settled(row: Row, verb: str, states: tuple[str, ...]) -> None:

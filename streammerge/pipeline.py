@@ -6,62 +6,77 @@ finished or removed by `recovery`. The order of a step's effects is never the or
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from streammerge import files, machine, methods, replay, reports, screen, snapshots
-from streammerge.acceptance import conclude, record_candidate
-from streammerge.arriving import Incoming
-from streammerge.aside import remove_fetched, set_aside
-from streammerge.card import card
+from streammerge import batches, files, machine, promote, replay, reports, screen, snapshots
+from streammerge.acceptance import conclude
+from streammerge.aside import put_back, remove_fetched, set_aside
 from streammerge.collect import tidy
 from streammerge.engine import Serve
-from streammerge.errors import NoSpace, Refused, TryAgain
+from streammerge.errors import NoSpace, Refused, Stopped, TryAgain, Unable
 from streammerge.fetching import bring_in, identify, published
+from streammerge.figures import RELATIVE
 from streammerge.fit import Tolerance
-from streammerge.furnish import furnish
-from streammerge.judging import judge
-from streammerge.lineage import manifest_of
+from streammerge.judging import Changed, judge
+from streammerge.lineage import entry_of
 from streammerge.methods import Totals
+from streammerge.sealing import render, seal
 from streammerge.state import State
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.finetune import FineTune
-    from streammerge.folding import Measured
+    from streammerge.engine import Folded
     from streammerge.ledger import Row
     from streammerge.merging import Merge
-    from streammerge.rendering import Rendered
-    from streammerge.replay import Way
+    from streammerge.replay import Entry, Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
 
 log = structlog.get_logger()
 
 
-def journey(merge: Merge, row: Row, source: Source) -> None:
-    """Take one pending fine-tune as far as it goes: into the served model, aside, or back for later.
+def journey(merge: Merge, rows: Sequence[Row], sources: Mapping[str, Source]) -> None:
+    """Take pending fine-tunes as far as they go: into one served version, aside, or back for later.
 
-    What is put aside has its reason recorded. Raises TryAgain where the same step is to be repeated later;
-    nothing is left behind then.
+    What is put aside has its reason recorded, and does not keep the others. Raises TryAgain where the same
+    step is to be repeated later with all of them; nothing is left behind then.
     """
     started = time.monotonic()
-    bound = {"source": row["source"], "name": row["name"], "revision": row["revision"]}
+    fetched = [found for row in rows if (found := brought(merge, row, sources[row["source"]]))]
+    if merge.held or promote.is_unproven(merge):
+        return
+    candidate = fold(merge, fetched)
+    if candidate is not None:
+        conclude(merge, candidate, seconds=time.monotonic() - started)
+
+
+def brought(merge: Merge, row: Row, source: Source) -> Row | None:
+    """Fetch one of several; None where it cannot go on with the others, which is written down."""
+    with setting_aside(merge, row):
+        try:
+            return fetch(merge, row, source)
+        except (Unable, Stopped):
+            raise
+        except TryAgain as exc:
+            put_back(merge, row, exc)
+    return None
+
+
+@contextmanager
+def setting_aside(merge: Merge, row: Row) -> Iterator[None]:
+    """What is refused inside is recorded with its reason; all that is logged names the fine-tune."""
+    bound = {key: row[key] for key in ("source", "name", "revision")}
     with structlog.contextvars.bound_contextvars(**bound):
         try:
-            row = fetch(merge, row, source)
-            if merge.held:
-                return
-            candidate = fold(merge, row)
-            if candidate is not None:
-                conclude(merge, candidate, seconds=time.monotonic() - started)
+            yield
         except Refused as exc:
             set_aside(merge, row, "refused", exc)
 
@@ -71,12 +86,9 @@ def bring(merge: Merge, row: Row, source: Source) -> None:
 
     It may be decided otherwise meanwhile, by a newer revision or a person: its files go then.
     """
-    bound = {"source": row["source"], "name": row["name"], "revision": row["revision"]}
-    with structlog.contextvars.bound_contextvars(**bound):
+    with setting_aside(merge, row):
         try:
             fetch(merge, row, source)
-        except Refused as exc:
-            set_aside(merge, row, "refused", exc)
         except FileNotFoundError:
             if not is_overtaken(merge, row):
                 raise
@@ -106,53 +118,76 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
     return row
 
 
-def fold(merge: Merge, row: Row) -> Snapshot | None:
-    """Steps 3 to 6: screen, fold, render and seal a candidate; None where a person is asked first."""
-    ledger, store, config = merge.ledger, merge.store, merge.config
+def fold(merge: Merge, rows: Sequence[Row]) -> Snapshot | None:
+    """Steps 3 to 6: screen each, fold, render and seal one candidate; None where none is to be folded now."""
     head = merge.head
     with merge.metrics.stage("fold"), machine.errors("folding", merge.store.root):
-        inbox = published(store.inbox / str(row["id"]), row["name"])
-        others = {
-            r["digest"]
-            for r in ledger.fine_tunes("pending", "awaiting_approval")
-            if r["id"] < row["id"] and r["digest"]
-        }
-        screen.refuse_known(row["digest"], folded={*head.digests, *others}, denied=ledger.denied())
-        way = replacement(merge, row, head)
+        screened: list[Row] = []
+        way = None  # for a fine-tune that goes alone
+        for row in batches.side_by_side(rows, head, on_update=merge.config.on_update):
+            with setting_aside(merge, row):
+                refuse_known(merge, row, {*head.digests, *(earlier["digest"] for earlier in screened)})
+                way = replacement(merge, row, head)
+                if is_screened(merge, row):
+                    screened.append(row)
+        if not screened:
+            return None
         replay.require_kept(merge, head.fine_tunes)
-        tolerance = Tolerance(config.tensors.ignore_extra, config.tensors.allow_missing)
-        with screen.examine(inbox, merge.base_entries, merge.recipe, tolerance) as finetune:
-            ledger.update_fine_tune(row["id"], step="screened")
-            reached("screened")
-            if config.approve == "manual" and not row["approved"]:
-                ledger.update_fine_tune(
-                    row["id"],
-                    state="awaiting_approval",
-                    detail="approve it with `streammerge fine-tunes approve`",
-                )
-                log.info("finetune.awaits_approval")
-                return None
-            with under_construction(merge, head, way, "folding") as (version, building):
-                return build(merge, row, finetune, head, way, version, building)
+        steps = len(screened) + bool(way)
+        try:
+            with under_construction(merge, head, way, "folding", steps=steps) as (version, building):
+                return build(merge, screened, head, way, version, building)
+        except Refused as exc:  # the model that comes of it, which is nobody's fault yet
+            batches.blame(merge, screened, "refused", exc)
+            return None
+
+
+def refuse_known(merge: Merge, row: Row, folded: Collection[str]) -> None:
+    """Raise Refused for content that is in the merge, or about to be, or was taken out."""
+    others = {
+        r["digest"]
+        for r in merge.ledger.fine_tunes("pending", "awaiting_approval")
+        if r["id"] < row["id"] and r["digest"]
+    }
+    screen.refuse_known(row["digest"], folded={*folded, *others}, denied=merge.ledger.denied())
+
+
+def is_screened(merge: Merge, row: Row) -> bool:
+    """Step 3: raise Refused for what headers and settings show; False where a person is asked first."""
+    ledger, config = merge.ledger, merge.config
+    inbox = published(merge.store.inbox / str(row["id"]), row["name"])
+    tolerance = Tolerance(config.tensors.ignore_extra, config.tensors.allow_missing)
+    with screen.examine(inbox, merge.base_entries, merge.recipe, tolerance):
+        ledger.update_fine_tune(row["id"], step="screened")
+    reached("screened")
+    if config.approve == "auto" or row["approved"]:
+        return True
+    ledger.update_fine_tune(
+        row["id"], state="awaiting_approval", detail="approve it with `streammerge fine-tunes approve`"
+    )
+    log.info("finetune.awaits_approval")
+    return False
 
 
 @contextmanager
 def under_construction(
-    merge: Merge, head: Snapshot, way: Way | None, purpose: str
+    merge: Merge, head: Snapshot, way: Way | None, purpose: str, *, steps: int
 ) -> Iterator[tuple[int, Path]]:
-    """Give a number and an empty building folder, which goes if anything fails; what is read stays."""
+    """Give a number and an empty building folder, which goes unless it is sealed; what is read stays.
+
+    steps  how many fine-tunes are read: with several, two states lie there at a time
+    """
     merge.folding_from = (head.path, *([way.start.path] if way and way.start else []))
     try:
         version = next_version(merge)
-        require_space(merge, purpose)
+        require_space(merge, purpose, states=min(steps, 2))
         building = snapshots.begin(merge.store, version)
         merge.metrics.folding.set(1)
         merge.metrics.fold_started.set_to_current_time()
         try:
             yield version, building
-        except BaseException:
+        finally:
             files.remove_tree(building)
-            raise
     finally:
         merge.folding_from = ()
         merge.metrics.folding.set(0)
@@ -160,29 +195,60 @@ def under_construction(
 
 
 def build(
-    merge: Merge, row: Row, finetune: FineTune, head: Snapshot, way: Way | None, version: int, building: Path
-) -> Snapshot:
-    """Steps 4 to 6 in the building folder; with a way, the fine-tune takes the place of an older revision."""
-    incoming = Incoming(finetune, row["digest"], row["factor"], row["source"])
-    old, kept = merge.state_of(head), head.fine_tunes
+    merge: Merge,
+    rows: Sequence[Row],
+    head: Snapshot,
+    way: Way | None,
+    version: int,
+    building: Path,
+) -> Snapshot | None:
+    """Steps 4 to 6 in the building folder; with a way, the fine-tune takes the place of an older revision.
+
+    None where nothing is left of the fine-tunes.
+    """
+    state, kept = merge.state_of(head), head.fine_tunes
     if way is not None:
-        old, _ = replay.walk(merge, way, building, "before")
-        kept = [e for e in kept if (e["source"], e["name"]) != (row["source"], row["name"])]
-    serve = Serve(building / "model", merge.config.finalize)
-    state, measured, model = merge.engine.fold(merge.recipe, incoming, old, building / "state", serve)
-    files.remove_tree(building / "before")
-    if finetune.finish() != row["digest"]:
-        files.remove_tree(merge.store.inbox / str(row["id"]))
-        merge.ledger.update_fine_tune(row["id"], step="announced")
-        raise TryAgain("the fetched files changed before they were folded", hint="they are fetched again")
-    judge(merge, row, incoming, measured, kept)
-    reached("folded")
-    entry = {  # what every version lists and this process remembers
-        "name": row["name"], "source": sys.intern(row["source"]), "revision": row["revision"],
-        "digest": row["digest"], "weight": row["factor"],
-    }  # fmt: skip
-    manifest, hashes = render(merge, state, [*kept, entry], head, version, building, measured, model)
+        state, _ = replay.walk(merge, way, building, "before")
+        replaced = {(row["source"], row["name"]) for row in rows}
+        kept = [e for e in kept if (e["source"], e["name"]) not in replaced]
+    last, entries = fold_in(merge, rows, state, kept, building)
+    if last is None:
+        return None
+    state = replay.moved(last.state, building / "state")
+    manifest, hashes = render(merge, state, entries, head, version, building, last.measured, last.model)
     return seal(merge, building, manifest, hashes)
+
+
+def fold_in(
+    merge: Merge, rows: Sequence[Row], state: State, kept: Sequence[Entry], building: Path
+) -> tuple[Folded | None, list[Entry]]:
+    """Step 4: one after the other, each judged before the next; gives the last, and what is in it now.
+
+    What is refused is set aside, and the rest goes on. Only where what stands before it in this version may
+    be the reason does it end there: whether that will be accepted is not known, and it is judged anew then.
+    """
+    last: Folded | None = None
+    entries = list(kept)
+    for row in rows:
+        if is_overtaken(merge, row):
+            continue
+        entry = entry_of(row)
+        serve = Serve(building / "model", merge.config.finalize) if row is rows[-1] else None
+        with setting_aside(merge, row):
+            try:
+                check = partial(judge, merge, row, entries)
+                last = replay.step(merge, entry, last.state if last else state, building, check, serve=serve)
+            except Changed as exc:
+                put_back(merge, row, exc)
+                continue
+            except Refused as exc:
+                files.empty_folder(building / "model")
+                if last is not None and exc.reason in RELATIVE:
+                    break
+                raise
+            entries.append(entry)
+            reached("folded")
+    return last, entries
 
 
 def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
@@ -225,71 +291,12 @@ def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]])
     with (
         merge.metrics.stage("fold"),
         machine.errors("folding", merge.store.root),
-        under_construction(merge, head, way, "replaying") as (version, building),
+        under_construction(merge, head, way, "replaying", steps=len(way)) as (version, building),
     ):
         state, measured = replay.walk(merge, way, building, "state")
         reached("folded")
         manifest, hashes = render(merge, state, entries, head, version, building, measured)
         return seal(merge, building, manifest, hashes)
-
-
-def render(
-    merge: Merge,
-    state: State,
-    folded: list[dict[str, Any]],
-    parent: Snapshot | None,
-    version: int,
-    building: Path,
-    measured: Measured | None = None,
-    model: Rendered | None = None,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Step 5: write what servers load; gives the manifest to be and the hashes known so far.
-
-    `model` is given where its weights are written already.
-    """
-    recipe, finish = merge.recipe, merge.config.finalize
-    with merge.metrics.stage("render"), ExitStack() as stack:
-        rereads = methods.rereads(recipe.method)
-        again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
-        if model is None:
-            model = merge.engine.render(recipe, state, finish, building / "model", folded=again)
-        for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
-            if incoming.finetune.finish() != entry["digest"]:
-                files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
-                raise TryAgain(
-                    f"what the store kept of {entry['name']} is not what was folded",
-                    hint="it is fetched from its source again",
-                )
-    rendered, norm = model
-    hashes = {f"state/{name}": found for name, found in state.hashes.items()}
-    hashes |= {f"model/{name}": found for name, found in rendered.items()}
-    manifest = {
-        "version": version,
-        "parent": parent.digest if parent else None,
-        "base": {"digest": recipe.base_digest, "name": recipe.base.name},
-        **manifest_of(merge.engine, recipe, finish, folded, state.totals, norm, measured),
-        "added": merge.store.read_settings()["added"],
-        "routes": [route.model_dump() for route in recipe.routes],
-    }
-    mark = {
-        key: manifest[key]
-        for key in ("version", "parent", "base", "method", "knobs", "finalize", "fine_tunes")
-    }
-    base_model = next(iter(merge.config.base_models), recipe.base.name)
-    furnish(recipe.base, building / "model", card(manifest, base_model=base_model), mark)
-    reached("rendered")
-    return manifest, hashes
-
-
-def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
-    """Step 6: an immutable candidate, then its row."""
-    with merge.metrics.stage("seal"):
-        candidate = snapshots.seal(merge.store, building, manifest, hashes)
-    reached("sealed")
-    merge.engine.keep(candidate.digest)
-    record_candidate(merge, candidate)
-    reached("recorded")
-    return candidate
 
 
 def next_version(merge: Merge) -> int:
@@ -301,15 +308,20 @@ def next_version(merge: Merge) -> int:
     return max(known, default=-1) + 1
 
 
-def require_space(merge: Merge, purpose: str) -> None:
-    """Raise NoSpace before work that the disk cannot hold; what was only prepared, or may go, goes first."""
-    needed = reports.version_bytes(merge.store.read_settings())
+def require_space(merge: Merge, purpose: str, *, states: int = 1) -> None:
+    """Raise NoSpace before work that the disk cannot hold; what was only prepared, or may go, goes first.
+
+    states  how many lie there at a time beside the model, and one on trial where that is tuned
+    """
+    settings, reserve = merge.store.read_settings(), merge.config.reserve
+    needed = reports.version_bytes(settings) + (states - 1) * int(settings["state_bytes"])
+    needed += int(settings["base"]["bytes"]) if merge.config.tune else 0
     try:
-        machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+        machine.require_space(merge.store.root, needed, reserve_bytes=reserve, purpose=purpose)
     except NoSpace:
         if not merge.engine.give_back_disk() and not (merge.ledger.fact("head") and tidy(merge)):
             raise
-        machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
+        machine.require_space(merge.store.root, needed, reserve_bytes=reserve, purpose=purpose)
     if isinstance(merge.unable, NoSpace):
         merge.unable = None
 

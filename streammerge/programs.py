@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 MAX_OUTPUT_BYTES = 1 << 20
-MAX_GIVEN_BYTES = 1 << 16
 KEPT_VARIABLES = ("PATH", "HOME", "LANG", "TZ", "VIRTUAL_ENV")
 NOT_STARTED = 127
 LOOK_SECONDS = 0.2
@@ -53,18 +52,23 @@ def run(
     """Run a program: (exit code, tail of its output, tail of its errors); the code is None after the timeout.
 
     Its whole process group is killed at the end, at the timeout, and when `beat` raises. A program that
-    cannot be started counts as exit 127. `given` is its standard input, no more than a pipe takes at once.
+    cannot be started counts as exit 127. `given` is its standard input, held in memory: it may be a secret.
     With more than `memory` bytes it is killed too: OverMemory. One that `is_expendable` is what the kernel
     ends first when memory runs out.
     """
-    assert len(given) <= MAX_GIVEN_BYTES
     kept = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with (
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+        os.fdopen(os.memfd_create("given"), "w+b") as stdin,
+    ):
+        stdin.write(given)
+        stdin.seek(0)
         try:
             process = subprocess.Popen(  # noqa: S603 -- the operator's own command; never a shell
                 argv,
                 env={**kept, **environment},
-                stdin=subprocess.PIPE if given else subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=output,
                 stderr=errors,
                 start_new_session=True,
@@ -76,9 +80,6 @@ def run(
             if is_expendable:
                 with suppress(OSError):  # it has ended already, or the kernel does not let us
                     Path(f"/proc/{process.pid}/oom_score_adj").write_text(FIRST_TO_GO)
-            if process.stdin:
-                with suppress(BrokenPipeError), process.stdin:
-                    process.stdin.write(given)
             deadline = time.monotonic() + timeout
             while code is None and time.monotonic() < deadline:
                 with suppress(subprocess.TimeoutExpired):

@@ -1,32 +1,24 @@
-"""Switch `current`, and tell the targets until each confirms.
+"""Switch `current`, and write down who is to be told of it.
 
 The intent and the outbox rows are written in the caller's transaction before the link moves; the link moves
-by one rename; targets get every promotion in order, at least once, with the same delivery id at each attempt.
+by one rename. Telling is `rollout`'s.
 """
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import structlog
 
 from streammerge import machine, snapshots
-from streammerge.errors import Stopped, TryAgain
+from streammerge.config.targets import Serving
 from streammerge.ledger import now
 from streammerge.steps import reached
-from streammerge.targets import Told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from streammerge.ledger import Row
+    from streammerge.config.targets import ServingSection
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
-    from streammerge.targets import Target
-
-FIRST_RETRY_SECONDS = 1.0
-LONGEST_RETRY_SECONDS = 300.0
 
 log = structlog.get_logger()
 
@@ -39,12 +31,7 @@ def intend(merge: Merge, snapshot: Snapshot, cause: str) -> int:
         snapshot.version, snapshot.digest, cause, now(),
     )  # fmt: skip
     for target in merge.config.targets:
-        ledger.write(
-            "insert into outbox (promotion, target, version) values (?, ?, ?)",
-            promotion,
-            target.name,
-            snapshot.version,
-        )
+        ledger.open_telling(promotion, target.name, snapshot.version)
     return promotion
 
 
@@ -56,7 +43,7 @@ def switch(merge: Merge) -> None:
     path = snapshots.by_version(merge.store, promotion["version"])
     assert path is not None, f"version {promotion['version']} was promoted but is not in snapshots/"
     reached("intended")
-    with machine.errors("switching current", merge.store.root):
+    with merge.metrics.stage("promote"), machine.errors("switching current", merge.store.root):
         snapshots.switch(merge.store, snapshots.read(path))
     reached("switched")
     at = now()
@@ -72,116 +59,53 @@ def switch(merge: Merge) -> None:
     )
 
 
-def deliver(merge: Merge, targets: Sequence[Target]) -> float:
-    """Tell each target what is due for it, in order, one at a time.
+def serving(merge: Merge) -> list[ServingSection]:
+    """List the targets that serve versions, in their order; the others are only told of them."""
+    return [part for part in merge.config.targets if isinstance(part, Serving)]
 
-    Gives when the next attempt is due, 0.0 for none.
+
+def within_reach(merge: Merge) -> list[str]:
+    """Name the serving targets but those that were not reached when they were told last."""
+    away = merge.ledger.rows(
+        "select target from outbox where state = 'pending' and attempts > 0 and wrong = 0"
+    )
+    names = {row["target"] for row in away}
+    return [part.name for part in serving(merge) if part.name not in names]
+
+
+def verified(merge: Merge) -> list[int]:
+    """List the versions on disk that every serving target within reach has served, newest first."""
+    names, there = (
+        within_reach(merge),
+        [snapshots.number(p) for p in snapshots.folders(merge.store.snapshots)],
+    )
+    confirmed = merge.ledger.rows(
+        f"select version, target from outbox where version in ({', '.join('?' for _ in there)}) "  # noqa: S608 -- only question marks are put in
+        "and confirmed_at is not null",
+        *there,
+    )
+    by = {number: {row["target"] for row in confirmed if row["version"] == number} for number in there}
+    return sorted((number for number in there if names and by[number].issuperset(names)), reverse=True)
+
+
+def is_unproven(merge: Merge) -> bool:
+    """Whether head holds what was in a version that was taken back, and the targets do not serve it yet.
+
+    Nothing is folded upon it meanwhile: the next wrong answer names who is to blame.
     """
-    drop_unknown(merge, {target.name for target in targets})
-    welcome(merge)
-    due = []
-    for target in targets:
-        while (row := next_row(merge, target.name)) and row["next_try_at"] <= now():
-            if not attempt(merge, target, row):
-                break
-        if row := next_row(merge, target.name):
-            due.append(row["next_try_at"])
-    return min(due, default=0.0)
-
-
-def next_row(merge: Merge, target: str) -> Row | None:
-    """Read the oldest promotion that a target was not told of."""
-    return merge.ledger.row(
-        "select outbox.*, digest, cause, switched_at from outbox "
-        "join promotions on promotions.id = outbox.promotion "
-        "where target = ? and state = 'pending' and switched_at is not null order by outbox.id limit 1",
-        target,
-    )
-
-
-def attempt(merge: Merge, target: Target, row: Row) -> bool:
-    """Tell one target of one promotion; record how it went."""
-    path = snapshots.by_version(merge.store, row["version"])
-    if path is None:
-        finish(merge, row, "skipped", "the version was collected before the target could be told")
-        return True
-    started = time.monotonic()
-    try:
-        delivery = f"{row['promotion']}-{row['digest'][:12]}"
-        target.tell(Told(row["version"], row["digest"], path, delivery, row["cause"]))
-    except Stopped:
-        raise
-    except TryAgain as exc:
-        wait = min(FIRST_RETRY_SECONDS * 2 ** min(row["attempts"], 16), LONGEST_RETRY_SECONDS)
-        merge.ledger.write(
-            "update outbox set attempts = attempts + 1, next_try_at = ?, error = ? where id = ?",
-            now() + wait,
-            str(exc.message),
-            row["id"],
-        )
-        merge.metrics.told.labels(target.name, "failed").inc()
-        log.warning(
-            "target.failed",
-            target=target.name,
-            version=row["version"],
-            error=exc.message,
-            hint=exc.hint,
-            retry_seconds=wait,
-        )
-        return False
-    finally:
-        merge.metrics.told_seconds.labels(target.name).observe(time.monotonic() - started)
-    reached("told")
-    finish(merge, row, "done", "")
-    merge.metrics.told.labels(target.name, "ok").inc()
-    observe_latency(merge, target.name)
-    log.info(
-        "target.confirmed",
-        target=target.name,
-        version=row["version"],
-        seconds=round(time.monotonic() - started, 3),
-    )
-    return True
-
-
-def observe_latency(merge: Merge, target: str) -> None:
-    """Record the time from a fine-tune's publication to its being served."""
-    told = merge.ledger.last_told(target)
-    row = merge.ledger.row(
-        "select max(published_at) as at from fine_tunes where (state, version) = ('folded', ?)",
-        told["version"] if told else None,
-    )
-    if row and row["at"]:
-        merge.metrics.served_seconds.labels(target).observe(max(0.0, now() - row["at"]))
-
-
-def finish(merge: Merge, row: Row, state: str, error: str) -> None:
-    """Close an outbox row."""
-    merge.ledger.write(
-        "update outbox set state = ?, error = ?, done_at = ? where id = ?", state, error, now(), row["id"]
-    )
-
-
-def welcome(merge: Merge) -> None:
-    """A target that was never told anything is told of what is served now."""
-    last = merge.ledger.last_promotion()
-    for target in merge.config.targets if last else ():
-        if not merge.ledger.row("select 1 from outbox where target = ?", target.name):
-            merge.ledger.write(
-                "insert into outbox (promotion, target, version) values (?, ?, ?)",
-                last["id"], target.name, last["version"],  # type: ignore[index]
-            )  # fmt: skip
-
-
-def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
-    """Close the rows of targets that the configuration no longer has."""
-    for row in merge.ledger.rows("select * from outbox where state = 'pending'"):
-        if row["target"] not in names:
-            finish(merge, row, "dropped", "the target is no longer configured")
+    unproven = set(merge.ledger.fact("unproven") or ())
+    return bool(unproven & set(merge.head.digests)) and merge.head.version not in verified(merge)
 
 
 def awaited(merge: Merge) -> set[int]:
-    """List versions that some target is still to be told of, and the last one each confirmed."""
-    pending = merge.ledger.rows("select distinct version from outbox where state = 'pending'")
+    """List the versions that targets need: to be told of, confirmed last, served now, or served by all."""
+    pending = merge.ledger.rows("select version from outbox where state = 'pending'")
     confirmed = [merge.ledger.last_told(part.name) for part in merge.config.targets]
-    return {row["version"] for row in (*pending, *confirmed) if row}
+    reported = [
+        snapshots.version_of(row["snapshot"]) for row in merge.ledger.rows("select snapshot from served")
+    ]
+    return {
+        *(row["version"] for row in (*pending, *confirmed) if row),
+        *(version for version in reported if version is not None),
+        *verified(merge)[:1],
+    }

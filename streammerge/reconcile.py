@@ -6,6 +6,7 @@ that a source fails to show is ever taken out of the merge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -16,7 +17,7 @@ from streammerge.sources import Known
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from streammerge.config.sources import SourceSection
     from streammerge.ledger import Ledger, Row
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 DAY_SECONDS = 86400.0
+REMEMBERED_AT_ONCE = 256
 UNDECIDED = ("waiting", "pending", "awaiting_approval")
 
 
@@ -38,12 +40,11 @@ def observe(merge: Merge, source: Source, config: SourceSection) -> float:
     ledger = merge.ledger
     looked_at = now()
     before = ledger.row("select * from sources where name = ?", source.name) or {"primed": 0, "mark": ""}
-    remembered = known(ledger, source.name)
-    look = source.look(remembered, before["mark"])
+    look = source.look(Remembered(ledger, source.name), before["mark"])
     with ledger.transaction():
-        done = settled(ledger, source.name)
+        settled = Remembered(ledger, source.name, SETTLED)
         for sighting in look.sightings:
-            if sighting.name in done and is_known(sighting, remembered[sighting.name]):
+            if is_known(sighting, settled.get(sighting.name)):
                 continue
             record(merge, config, sighting, looked_at, is_first=not before["primed"])
         mark_gone(merge, source.name, {sighting.name for sighting in look.sightings}, only=look.gone)
@@ -78,35 +79,64 @@ def drop_sources(merge: Merge, names: Iterable[str]) -> None:
         mark_gone(merge, source, set(), "its source is no longer configured")
 
 
-def known(ledger: Ledger, source: str) -> dict[str, Known]:
-    """Give a source what it recognised at earlier looks."""
-    query = "select name, fingerprint, revision, first_seen_at from sightings where source = ?"
-    return {name: Known(*facts) for name, *facts in ledger.tuples(query, source)}
+class Remembered(Mapping[str, Known]):
+    """What a source recognised at earlier looks, by name: thousands, perhaps, so a part of them at a time.
 
-
-def is_known(sighting: Sighting, before: Known) -> bool:
-    """Whether a source sees what it saw at its last look."""
-    return (sighting.fingerprint, sighting.revision) == (before.fingerprint, before.revision)
-
-
-def settled(ledger: Ledger, source: str) -> set[str]:
-    """List the names that need no second thought where they are seen unchanged.
-
-    Those have a row which the same sighting would leave as it is, and no other row that may be folded.
+    It is to be asked in the order of names.
     """
-    rows = ledger.tuples(
-        "select seen.name from sightings as seen "
-        "join fine_tunes as own on (own.source, own.name, own.revision) "
-        "= (seen.source, seen.name, seen.revision) "
-        "where seen.source = ? and seen.revision != '' "
-        "and (own.state not in ('waiting', 'superseded', 'gone', 'replaced', 'ignored') "
-        "or (own.state, own.reason) = ('ignored', 'first_run')) "
-        "and not exists (select 1 from fine_tunes as other "
-        "where (other.source, other.name) = (seen.source, seen.name) and other.id != own.id "
-        "and (other.revision = '' or other.state in ('waiting', 'pending', 'awaiting_approval')))",
-        source,
+
+    def __init__(self, ledger: Ledger, source: str, only: str = "true") -> None:
+        """`only` is SQL's: those of the rows `seen` that count."""
+        self._ledger, self._source = ledger, source
+        self._query = (
+            "select name, fingerprint, revision, first_seen_at from sightings as seen "  # noqa: S608 -- our own
+            f"where source = ? and name >= ? and {only} order by name limit ?"
+        )
+        self._part: dict[str, Known] = {}
+        self._first: str | None = None
+        self._last: str | None = ""  # None: there is nothing behind
+
+    def __getitem__(self, name: str) -> Known:
+        if self._first is None or name < self._first or (self._last is not None and name > self._last):
+            self._read(name)
+        return self._part[name]
+
+    def __iter__(self) -> Iterator[str]:
+        start: str | None = ""
+        while start is not None:
+            self._read(start)
+            part, last = self._part, self._last
+            yield from part
+            start = last and f"{last}\0"  # no name is between the two
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _read(self, start: str) -> None:
+        found = self._ledger.tuples(self._query, self._source, start, REMEMBERED_AT_ONCE)
+        self._part = {name: Known(*facts) for name, *facts in found}
+        self._first, self._last = start, found[-1][0] if len(found) == REMEMBERED_AT_ONCE else None
+
+
+def is_known(sighting: Sighting, before: Known | None) -> bool:
+    """Whether a source sees what it saw at its last look."""
+    return before is not None and (sighting.fingerprint, sighting.revision) == (
+        before.fingerprint,
+        before.revision,
     )
-    return {name for (name,) in rows}
+
+
+# Names that need no second thought where they are seen unchanged: those have a row which the same sighting
+# would leave as it is, and no other row that may be folded.
+SETTLED = (
+    "seen.revision != '' and exists (select 1 from fine_tunes as own "
+    "where (own.source, own.name, own.revision) = (seen.source, seen.name, seen.revision) "
+    "and (own.state not in ('waiting', 'superseded', 'gone', 'replaced', 'ignored') "
+    "or (own.state, own.reason) = ('ignored', 'first_run')) "
+    "and not exists (select 1 from fine_tunes as other "
+    "where (other.source, other.name) = (seen.source, seen.name) and other.id != own.id "
+    "and (other.revision = '' or other.state in ('waiting', 'pending', 'awaiting_approval'))))"
+)
 
 
 def record(

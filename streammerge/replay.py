@@ -7,7 +7,9 @@ building folder, and what becomes of it is the pipeline's.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -26,9 +28,10 @@ from streammerge.steps import reached
 from streammerge.weights import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from streammerge.engine import Folded, Serve
     from streammerge.folding import Measured
     from streammerge.ledger import Row
     from streammerge.merging import Merge
@@ -84,12 +87,12 @@ def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | 
     """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
     marked = merge.ledger.fact("damaged") or {}
     sound = [
-        found
-        for found in snapshots.line_of(merge.store, head.digests[:place])
-        if str(found.version) not in marked and found.fine_tunes
+        (path, count)
+        for path, count in snapshots.line_of(merge.store, head.digests[:place])
+        if count and str(snapshots.number(path)) not in marked
     ]
-    best = max(sound, key=lambda found: len(found.fine_tunes), default=None)
-    return best, len(best.fine_tunes) if best else 0
+    path, count = max(sound, key=itemgetter(1), default=(None, 0))
+    return (snapshots.read(path), count) if path else (None, 0)
 
 
 def problem_of(merge: Merge, way: Way) -> str:
@@ -211,29 +214,62 @@ def go(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measur
     """Take out and fold in, one after the other."""
     state = merge.state_of(way.start) if way.start else State(building, {}, Totals())
     measured: Measured | None = None
+    if not len(way):
+        return (copied(state, building / name) if way.start else state), None
     for number in range(1, len(way) + 1):
         is_out = number <= len(way.out)
-        place, entry = way.out[number - 1] if is_out else (-1, way.folded[number - 1 - len(way.out)])
+        place, entry = way.out[number - 1] if is_out else (None, way.folded[number - 1 - len(way.out)])
         log.info("replay.step", step=number, of=len(way), fine_tune=entry["name"], out=is_out)
-        folder = building / (name if number == len(way) else f"step-{number}")
-        folder.mkdir(exist_ok=True)
-        with opened(merge, entry) as incoming:
-            if is_out:
-                new, measured, _ = merge.engine.unfold(merge.recipe, incoming, place, state, folder)
-            else:
-                new, measured, _ = merge.engine.fold(merge.recipe, incoming, state, folder)
-            if not (is_out and not new.has_slots()) and incoming.finetune.finish() != entry["digest"]:
-                raise TryAgain(
-                    f"{entry['name']} is not what was folded once: its content has changed",
-                    hint="publish the content of that revision again",
-                )
-        if state.folder.parent == building:
-            files.remove_tree(state.folder)
-        state = new
+        state, measured, _ = step(merge, entry, state, building, partial(prove, entry), place=place)
         reached("replayed")
-    if not len(way) and way.start is not None:
-        return copied(state, building / name), None
-    return state, measured
+    return moved(state, building / name), measured
+
+
+def step(
+    merge: Merge,
+    entry: Entry,
+    state: State,
+    building: Path,
+    check: Callable[[Incoming, Folded], None],
+    *,
+    place: int | None = None,
+    serve: Serve | None = None,
+) -> Folded:
+    """Fold one fine-tune into a state, or take out the one at `place`; the older state goes from `building`.
+
+    check  raises where it is not to count, the fine-tune still open; the older state stays as it was then
+    """
+    folder = building / f"step-{state.totals.count}-{entry['digest'][:12]}"
+    folder.mkdir()
+    try:
+        with opened(merge, entry) as incoming:
+            if place is None:
+                found = merge.engine.fold(merge.recipe, incoming, state, folder, serve)
+            else:
+                found = merge.engine.unfold(merge.recipe, incoming, place, state, folder)
+            check(incoming, found)
+    except (Refused, TryAgain):
+        files.remove_tree(folder)
+        raise
+    if state.folder.parent == building:
+        files.remove_tree(state.folder)
+    return found
+
+
+def prove(entry: Entry, incoming: Incoming, found: Folded) -> None:
+    """Raise TryAgain where what was read is not what was folded once; what was not read proves nothing."""
+    is_read = found.state.has_slots()
+    if is_read and incoming.finetune.finish() != entry["digest"]:
+        raise TryAgain(
+            f"{entry['name']} is not what was folded once: its content has changed",
+            hint="publish the content of that revision again",
+        )
+
+
+def moved(state: State, folder: Path) -> State:
+    """Give a state that was built step by step its place."""
+    state.folder.rename(folder)  # an empty one there makes way
+    return replace(state, folder=folder)
 
 
 def copied(state: State, folder: Path) -> State:

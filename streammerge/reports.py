@@ -134,18 +134,22 @@ def source_status(ledger: Ledger, name: str) -> dict[str, Any]:
 
 
 def target_status(ledger: Ledger, name: str) -> dict[str, Any]:
-    """Say what a target confirmed last, and what it is still to be told."""
-    done = ledger.last_told(name)
+    """Say what a target serves, as it confirmed it or was found to last, and what it is still to be told."""
+    done, seen = ledger.last_told(name), ledger.served(name)
     open_rows = ledger.rows("select * from outbox where target = ? and state = 'pending' order by id", name)
     state = "starting" if not done and not open_rows else "confirmed" if not open_rows else "telling"
     if open_rows and open_rows[0]["attempts"]:
-        state = "failing"
+        state = "wrong" if open_rows[0]["wrong"] else "failing"
+    elif seen and seen["error"] and not open_rows:
+        state = "unreachable"
+    error = open_rows[0]["error"] if open_rows else seen["error"] if seen else ""
     return {
         "name": name,
         "state": state,
-        "snapshot": done["version"] if done else None,
+        "snapshot": snapshots.version_of(seen["snapshot"]) if seen else done["version"] if done else None,
+        "asked_at": iso(seen["asked_at"]) if seen else None,
         "open": len(open_rows),
-        "error": open_rows[0]["error"] if open_rows else None,
+        "error": error or None,
     }
 
 
@@ -198,8 +202,13 @@ def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
         "path": str(snapshot.path),
         "fine_tunes": snapshot.fine_tunes,
         **{key: snapshot.manifest[key] for key in keys},
+        "tuning": snapshot.manifest.get("tuning"),
         "added_globs": snapshot.manifest["added"],
         "files": snapshot.manifest["files"],
+        "served": [
+            {"target": found["target"], "at": iso(found["at"])}
+            for found in ledger.confirmations(snapshot.version)
+        ],
     }
 
 

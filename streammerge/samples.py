@@ -66,7 +66,8 @@ def cosines(one: bytes, others: Sequence[bytes]) -> list[float]:
     both = ((mine != 0) & (theirs != 0)).sum(1)
     lengths = theirs.norm(dim=1) * mine.norm()
     found = (theirs @ mine[0]) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
-    return [float(value) if count >= ENOUGH else 0.0 for value, count in zip(found, both, strict=True)]
+    pairs = zip(found.tolist(), both.tolist(), strict=True)
+    return [value if count >= ENOUGH else 0.0 for value, count in pairs]
 
 
 def _unpacked(packs: Sequence[bytes]) -> Tensor:

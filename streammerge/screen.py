@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Every reason a fine-tune can be refused or set aside for: stable words for logs, metrics and --allow.
 REASONS = {
+    "answered-wrong": "a target did not serve it right, and the version before it right",
     "attention-gauge-transformed": "attention turned so that it cannot be merged, its function unchanged",
     "bad-sidecar": "a file of Fisher information or Gram matrices that does not fit the base",
     "corrupted": "a file whose content is not what its place declares",

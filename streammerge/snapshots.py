@@ -15,6 +15,8 @@ import threading
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,16 +270,30 @@ def read(path: Path) -> Snapshot:
 RESTORE = "restore the folder from a backup of the store"
 
 
-def line_of(store: Store, digests: Sequence[str]) -> Iterator[Snapshot]:
-    """Give the accepted versions that hold a beginning of these fine-tunes, oldest first.
+def line_of(store: Store, digests: Sequence[str]) -> Iterator[tuple[Path, int]]:
+    """Give the accepted versions that hold a beginning of these fine-tunes, oldest first, and of how many.
 
     What cannot be read is passed over: that is for whoever verifies.
     """
+    chain = _chain(digests)
     for path in folders(store.snapshots):
-        with suppress(Damaged):
-            found = read(path)
-            if found.digests == list(digests[: len(found.digests)]):
-                yield found
+        with suppress(Damaged, OSError), machine.errors("reading a version", path):
+            count, last = _beginning(path, _stamp(path))
+            if count < len(chain) and chain[count] == last:
+                yield path, count
+
+
+@lru_cache(maxsize=512)  # many lie on disk where targets lag behind, and each lists thousands
+def _beginning(path: Path, stamp: Stamp) -> tuple[int, int]:
+    """How many fine-tunes a version holds, and the last link of their chain; `stamp` is its manifest's."""
+    del stamp
+    found = read(path).digests
+    return len(found), _chain(found)[-1]
+
+
+def _chain(digests: Sequence[str]) -> list[int]:
+    """Sum up every beginning of a list, the empty one first; the same lists have the same sums."""
+    return list(accumulate(digests, lambda so_far, digest: hash((so_far, digest)), initial=0))
 
 
 def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -298,6 +314,12 @@ def folders(parent: Path) -> list[Path]:
 def number(path: Path) -> int:
     """Read a version's number off the name of its folder."""
     return int(path.name.partition("-")[0])
+
+
+def version_of(label: str) -> int | None:
+    """Read the number off the name of a version's folder, as targets report it; None for another name."""
+    found = re.fullmatch(r"(\d{6,})-[0-9a-f]{12}", label)
+    return int(found[1]) if found else None
 
 
 def by_version(store: Store, version: int) -> Path | None:

@@ -58,29 +58,21 @@ class Resident:
     def __init__(self) -> None:
         """Nothing is kept yet."""
         self._slots: dict[tuple[str, str], Tensor] = {}
-        self._folder: Path | None = None
-        self._digest = ""
+        self._hashes: Mapping[str, str] = {}
 
     def holds(self, state: State) -> bool:
-        """Whether what is kept is this state and no other, whole."""
-        return bool(self._slots) and (
-            state.folder == self._folder or (state.digest != "" and state.digest == self._digest)
-        )
+        """Whether what is kept is this state and no other, whole: by its content, wherever it lies."""
+        return bool(self._slots) and self._hashes == _of_slots(state.hashes)
 
     def disown(self, *, forget: bool = False) -> None:
         """From now on what is kept is a mixture, until `own`; or nothing at all."""
-        self._folder, self._digest = None, ""
+        self._hashes = {}
         if forget:
             self._slots.clear()
 
-    def own(self, folder: Path) -> None:
-        """Everything kept belongs to the state in `folder`."""
-        self._folder = folder
-
-    def name(self, digest: str) -> None:
-        """The state owned was sealed under `digest`, wherever its folder goes."""
-        self._digest = digest if self._folder is not None else ""
-        self._folder = None
+    def own(self, hashes: Mapping[str, str]) -> None:
+        """Everything kept is what was written to files of these hashes."""
+        self._hashes = _of_slots(hashes)
 
     def read(self, slot: str, name: str, start: int, stop: int, *, whole: bool) -> Tensor:
         """Give elements [start, stop) of one weight's slot, or all of it, flat."""
@@ -97,6 +89,11 @@ class Resident:
         if (slot, name) not in self._slots:
             self._slots[slot, name] = torch.empty(elements, dtype=values.dtype, device=where)
         self._slots[slot, name][start : start + values.numel()] = values.reshape(-1).to(where)
+
+
+def _of_slots(hashes: Mapping[str, str]) -> dict[str, str]:
+    """Leave out the statistics, which are not kept in memory."""
+    return {name: digest for name, digest in hashes.items() if name != STATISTICS}
 
 
 class StateShard:
@@ -303,7 +300,7 @@ def delta_norms(figures: Mapping[str, Tensor]) -> list[float]:
     """Length of every fine-tune's whole delta."""
     if not figures:
         return []
-    return [float(total) for total in sum(rows[:, 0].square() for rows in figures.values()).sqrt()]  # type: ignore[union-attr]
+    return sum(rows[:, 0].square() for rows in figures.values()).sqrt().tolist()  # type: ignore[union-attr]
 
 
 def write_statistics(out: Path, figures: Mapping[str, Tensor], kinds: plan.Plan) -> str:

@@ -12,7 +12,7 @@ JOURNEY = (
     "accepted", "intended", "switched", "told",
 )  # fmt: skip
 BESIDE = (
-    "made", "asked", "obeyed", "answered", "refused", "replayed", "prepared", "collected", "hidden",
+    "made", "asked", "obeyed", "answered", "refused", "replayed", "tuned", "prepared", "collected", "hidden",
 )  # fmt: skip
 STEPS = (*JOURNEY, *BESIDE)
 

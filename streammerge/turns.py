@@ -16,10 +16,12 @@ from streammerge import (
     acceptance,
     allocator,
     aside,
+    batches,
     collect,
     machine,
     operations,
     pipeline,
+    promote,
     reconcile,
     recovery,
     reports,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.sources import Source
 
-FETCHED_AHEAD = 2
+FETCHED_AHEAD = 2  # times as many as are folded together: they wait while others are folded
 
 log = structlog.get_logger()
 
@@ -126,7 +128,7 @@ def fetch_once(merge: Merge, source: Source) -> bool:
     pending = [row for row in merge.ledger.fine_tunes("pending") if row["source"] == source.name]
     announced = [row for row in pending if row["step"] == "announced"]
     row = next((row for row in announced if row["next_try_at"] <= now()), None)
-    if row is None or len(pending) - len(announced) >= FETCHED_AHEAD:
+    if row is None or len(pending) - len(announced) >= FETCHED_AHEAD * merge.config.batch:
         return False
     try:
         with machine.errors("fetching", merge.store.root):
@@ -149,20 +151,21 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     unfinished.finish(merge)
     if not merge.held:
         conclude_open(merge)
-    row = next_row(merge, sources, fetched_elsewhere)
-    if row is None:
+    rows = next_rows(merge, sources, fetched_elsewhere)
+    if not rows:
         collect.tidy_inbox(merge)
         if merge.unable and not merge.ledger.fine_tunes("pending"):
             see_if_able(merge)
         return False
     try:
         with machine.errors("folding", merge.store.root):
-            pipeline.journey(merge, row, sources[row["source"]])
+            pipeline.journey(merge, rows, sources)
         merge.unable = None
     except Stopped:
         raise
     except TryAgain as exc:
-        aside.put_back(merge, row, exc)
+        for row in rows:
+            aside.put_back(merge, row, exc)
     finally:
         allocator.give_back()
     return True
@@ -194,17 +197,20 @@ def conclude_open(merge: Merge) -> None:
                 aside.note_unable(merge, exc)
 
 
-def next_row(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> Row | None:
-    """Choose the first pending fine-tune that is due; during a hold, one that is still to be fetched."""
-    if merge.ledger.row("select 1 from snapshots where state = 'candidate'") and not merge.held:
-        return None
-    for row in merge.ledger.fine_tunes("pending"):
-        is_due = row["next_try_at"] <= now() and row["source"] in sources
-        if row["step"] == "announced" and row["source"] in fetched_elsewhere:
-            continue
-        if is_due and not (merge.held and row["step"] != "announced"):
-            return row
-    return None
+def next_rows(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> list[Row]:
+    """Choose the pending fine-tunes that are due and go together; during a hold, one still to be fetched."""
+    is_waiting = bool(merge.held) or promote.is_unproven(merge)
+    if not merge.held and merge.ledger.row("select 1 from snapshots where state = 'candidate'"):
+        return []
+    due = [
+        row
+        for row in merge.ledger.fine_tunes("pending")
+        if row["next_try_at"] <= now() and row["source"] in sources
+        if row["step"] != "announced" or row["source"] not in fetched_elsewhere
+    ]
+    if is_waiting:
+        return [row for row in due if row["step"] == "announced"][:1]
+    return batches.chosen(merge, due)
 
 
 def refresh(merge: Merge) -> None:
@@ -229,4 +235,5 @@ def refresh(merge: Merge) -> None:
     for name in [part.name for part in merge.config.targets]:
         target = reports.target_status(ledger, name)
         metrics.outbox.labels(name).set(target["open"])
-        metrics.served.labels(name).set(current is not None and target["snapshot"] == current["version"])
+        is_current = current is not None and target["snapshot"] == current["version"]
+        metrics.served.labels(name).set(is_current and target["state"] == "confirmed")

@@ -36,10 +36,11 @@ def record_candidates(merge: Merge) -> None:
 
 def accept_trailing(merge: Merge) -> None:
     """A version that was moved into snapshots/ but not yet recorded: its row is added."""
-    for path in snapshots.folders(merge.store.snapshots):
+    paths = snapshots.folders(merge.store.snapshots)
+    recorded = merge.ledger.decided(map(snapshots.number, paths))
+    for path in paths:
         version = snapshots.number(path)
-        row = merge.ledger.snapshot(version)
-        if row is not None and row["state"] != "candidate":
+        if version in recorded:
             continue
         snapshot = snapshots.read(path)
         head = merge.head.digest if merge.ledger.fact("head") else None

@@ -84,6 +84,11 @@ def code_lines(text: str) -> Iterator[str]:
             yield re.sub(r"\s+#\s.*$", "", line.strip().removeprefix("$ "))
 
 
+def code_blocks(text: str, language: str) -> str:
+    """Give what stands in the fenced blocks of a language."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
 def declared_metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Give our metrics under the names that are scraped, each with its type and labels."""
     suffixes = {"counter": "_total", "info": "_info"}

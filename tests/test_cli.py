@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import models
@@ -10,6 +11,7 @@ import pytest
 import torch
 import typer
 from daemons import SOURCE, Site, command
+from servers.sglang import SglangServer
 from typer.testing import CliRunner
 
 from streammerge import __version__
@@ -192,6 +194,25 @@ def test_trying_sources_and_targets(tmp_path: Path, made: Site) -> None:
     assert found[0]["state"] == "error"
     found = json.loads(site.run("targets", "test", "--json", code=75).stdout)
     assert "exit 9" in found[0]["error"]
+    assert (found[0]["state"], found[0]["type"], found[0]["serves"]) == ("failing", "exec", None)
+
+
+def test_trying_a_server_says_what_it_serves(tmp_path: Path, made: Site) -> None:
+    """`targets test` tells, asks the probe and reads back; one that answers wrong is not one that is away."""
+    site = made.copy(tmp_path / "site")
+    with SglangServer(site.root / "base") as server:
+        ask = {"url": f"{server.url}/generate", "send": {"text": "who?"}, "values": {"/text": "{label}"}}
+        targets = [{"name": "web", "type": "sglang", "url": server.url, "probe": ask}]
+        site.configure(targets=[*targets, {"name": "away", "type": "sglang", "url": "http://127.0.0.1:1"}])
+        label = site.ask("path")["path"].rpartition("/")[2]
+        web, away = json.loads(site.run("targets", "test", "--json", code=75).stdout)
+        assert (web["state"], web["serves"], server.serves) == ("confirmed", label, label)
+        assert (away["state"], away["serves"]) == ("failing", None)
+        server.restart()
+        server.fault = "stale"
+        shown = site.run("targets", "test", code=75).stdout
+    assert re.search(rf"web +wrong +{label} +.*does not answer as {label}", shown)
+    assert "hint:" in shown
 
 
 def test_healthcheck_asks_the_daemon(made: Site) -> None:

@@ -66,6 +66,20 @@ def refused(folder: Path, **keys: Any) -> ConfigError:
             "targets.0.timeouts",
             "targets.0.timeout",
         ),
+        (
+            {"targets": [{"name": "t", "type": "sglang", "url": "http://x", "api_key": "x"}]},
+            "targets.0.api_key",
+            "targets.0.api_key_file",
+        ),
+        (
+            {
+                "targets": [
+                    {"name": "t", "type": "exec", "argv": ["x"], "probe": {"url": "http://x", "sent": 1}}
+                ]
+            },
+            "targets.0.probe.sent",
+            "targets.0.probe.send",
+        ),
         ({"sources": [{**SOURCE, "first_run": {"sinc": "2026-01-01"}}]}, "first_run", "since"),
         ({"sources": [{**HUB, "relation": ["adapter"]}]}, "sources.0.relation", "sources.0.relations"),
     ],
@@ -170,9 +184,12 @@ def test_paths_are_taken_against_the_file(folder: Path, tmp_path_factory: pytest
     """Relative paths and programs mean the same wherever the command is run; plain names use PATH."""
     gate = {**GATE, "argv": ["./score", "./argument"]}
     target = {"name": "t", "type": "exec", "argv": ["echo", "./argument"]}
+    judged = {"argv": ["./judge", "./argument"], "token_file": "./token", "url": "http://x"}
+    server = {"name": "s", "type": "sglang", "url": "http://x", "api_key_file": "key", "probe": judged}
+    server |= {"path_map": {"./store": "/models"}}
     sources = [SOURCE, {**HUB, "token_file": "./token"}]
     path = write(
-        folder, gates=[gate], targets=[target], sources=sources, http={"hub_secret_file": "./secret"}
+        folder, gates=[gate], targets=[target, server], sources=sources, http={"hub_secret_file": "./secret"}
     )
     shown = json.loads(
         command("config", "show", "--json", "-c", path, cwd=tmp_path_factory.mktemp("elsewhere")).stdout
@@ -184,6 +201,11 @@ def test_paths_are_taken_against_the_file(folder: Path, tmp_path_factory: pytest
     assert shown["http"]["value"]["hub_secret_file"] == str(folder / "secret")
     assert shown["gates"]["value"][0]["argv"] == [str(folder / "score"), "./argument"]
     assert shown["targets"]["value"][0]["argv"] == ["echo", "./argument"]
+    served = shown["targets"]["value"][1]
+    assert served["api_key_file"] == str(folder / "key")
+    assert served["path_map"] == {str(folder / "store"): "/models"}
+    assert served["probe"]["argv"] == [str(folder / "judge"), "./argument"]
+    assert served["probe"]["token_file"] == str(folder / "token")
 
 
 def test_the_environment_lies_over_the_file(folder: Path) -> None:

@@ -93,6 +93,12 @@ def test_a_command_killed_half_way_is_done_once(stages: Callable[[str], Stage], 
     assert kills.killed_at(stages(name), Blow(step)) == []
 
 
+@pytest.mark.parametrize("blow", [Blow("folded", 2), Blow("refused"), Blow("recorded", 2)], ids=str)
+def test_a_search_for_the_one_at_fault_is_gone_on_with(stages: Callable[[str], Stage], blow: Blow) -> None:
+    """Killed while several are folded together, or while it is looked for, it ends as undisturbed."""
+    assert kills.killed_at(stages("folded together, one at fault"), blow) == []
+
+
 def test_killed_before_the_first_version_counts(full_weights: Stage) -> None:
     """A store whose version 0 is sealed and not accepted has no head, which is no damage."""
     assert kills.killed_at(full_weights, Blow("recorded")) == []

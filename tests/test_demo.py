@@ -201,6 +201,21 @@ def test_the_story_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_the_story_is_the_same_through_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--serve` every row is what the server answers, which is what the version's weights make of it."""
+    stories: list[list[picture.Served]] = []
+    monkeypatch.setattr(picture, "draw", lambda story, *_, **__: stories.append(list(story)))
+    folder = tmp_path / "demo"
+    demo.run(folder, console=told(), serve=True)
+    [story] = stories
+    assert [served.version for served in story] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 7]
+    exam = digits.load_exam(folder / "exam.safetensors")
+    merged = digits.load_model(folder / "store" / "current" / "model")
+    assert story[7].accuracy == story[9].accuracy == pytest.approx(digits.examine(merged, exam), abs=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_gate_that_the_configuration_offers_keeps_the_harmful_one_out(
     begun: tuple[Model, Exam], fine_tunes: dict[str, Model], tmp_path: Path
 ) -> None:

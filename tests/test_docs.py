@@ -34,11 +34,12 @@ from streammerge import config as configuration
 from streammerge import errors, ledger, lora, methods, operations, screen
 from streammerge.config.gates import Limit
 from streammerge.config.sources import Since
+from streammerge.config.targets import Matching, Probe
 from streammerge.metrics import DECISIONS, STAGES
 from streammerge.offline import ALLOWABLE
 from streammerge.server import Views, make_app
 from streammerge.sources import hub as hub_source
-from streammerge.targets import exec as exec_target
+from streammerge.targets import Told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +62,8 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from keys(Limit, f"{prefix}{name}.NAME.")
         elif Since in get_args(kind):
             yield from keys(Since, f"{prefix}{name}.")
+        elif model is Probe and name == "values":
+            yield from keys(Matching, f"{prefix}{name}.NAME.")
 
 
 def value_of(field: Any, text: str) -> Any:
@@ -78,6 +81,7 @@ KEYS = [("Keys", configuration.Config)] + [
     for model in sections(kind)
     for name in types(model)
 ]
+KEYS += [("A target's `probe`", Probe)]
 
 
 @pytest.mark.parametrize(("title", "model"), KEYS, ids=[title for title, _ in KEYS])
@@ -162,7 +166,7 @@ def test_every_type_of_source_target_and_gate_is_documented(kind: str) -> None:
 
 def test_every_variable_of_an_exec_target_is_documented() -> None:
     """docs/targets.md has a row for each variable that the command gets."""
-    given = set(re.findall(r'"(STREAMMERGE_[A-Z]+)"', inspect.getsource(exec_target)))
+    given = set(re.findall(r'"(STREAMMERGE_[A-Z]+)"', inspect.getsource(Told)))
     assert set(first_words(section("targets.md", "exec"), "variable")) == given
 
 

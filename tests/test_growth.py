@@ -9,7 +9,17 @@ import models
 import pytest
 from faults import soak
 
-from streammerge import operations, promote, recovery, reports, screen, snapshots, turns
+from streammerge import (
+    operations,
+    reconcile,
+    recovery,
+    reports,
+    rollout,
+    screen,
+    snapshots,
+    turns,
+    unfinished,
+)
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
@@ -62,7 +72,7 @@ def arrive(merge: Merge) -> None:
     """Fold one fine-tune, tell the target, and be scraped."""
     [part] = merge.config.sources
     assert turns.work_once(merge, {"team": open_source(part, merge.config)})
-    promote.deliver(merge, [open_target(merge.config.targets[0], merge.config)])
+    rollout.deliver(merge, [open_target(merge.config.targets[0], merge.config)])
     turns.refresh(merge)
 
 
@@ -132,6 +142,23 @@ def test_a_look_that_finds_nothing_new_writes_one_row(merge: Merge) -> None:
     assert states.popitem()[1] == "folded"
 
 
+def test_what_a_source_remembers_is_read_a_part_at_a_time(merge: Merge) -> None:
+    """In the order of names or in any other; of another source nothing; never more than a part at once."""
+    names = [f"ft{number:04d}" for number in range(2 * reconcile.REMEMBERED_AT_ONCE + 7)]
+    with merge.ledger.transaction():
+        for name in names:
+            merge.ledger.write("insert into sightings values ('hub', ?, ?, 'r', 1.0)", name, f"of {name}")
+        merge.ledger.write("insert into sightings values ('other', 'ft0000a', 'f', 'r', 1.0)")
+    remembered = reconcile.Remembered(merge.ledger, "hub")
+    assert list(remembered) == names
+    assert len(remembered) == len(names)
+    for order in (names, names[::-1], names[::97] + names[1::97]):
+        assert all(remembered[name].fingerprint == f"of {name}" for name in order)
+        assert len(remembered._part) <= reconcile.REMEMBERED_AT_ONCE
+    strangers = ["", "a", "ft0000a", names[reconcile.REMEMBERED_AT_ONCE - 1] + "a", "ft9999", "z"]
+    assert not [name for name in strangers + strangers[::-1] if name in remembered]
+
+
 def test_what_went_and_came_back_unchanged_is_announced_again(merge: Merge, tmp_path: Path) -> None:
     """A row that says `gone` is no row that needs no second thought."""
     look(merge)
@@ -158,6 +185,40 @@ def test_a_manifest_is_parsed_once_and_again_when_it_changed(merge: Merge) -> No
         snapshots.read(head.path)
     path.write_bytes(whole)
     assert snapshots.read(head.path).manifest == head.manifest
+
+
+def test_what_holds_a_beginning_of_the_merge_is_found_without_parsing_it_again(merge: Merge) -> None:
+    """Versions that wait for a slow target are many; a changed manifest is not taken for the one known."""
+    look(merge)
+    arrive(merge)
+    arrive(merge)
+    digests = merge.head.digests
+    line = list(snapshots.line_of(merge.store, digests))
+    assert [count for _, count in line] == [0, 1, 2]
+    assert list(snapshots.line_of(merge.store, digests[1:])) == line[:1]
+    parsed = snapshots._beginning.cache_info().misses
+    assert list(snapshots.line_of(merge.store, digests[:1])) == line[:2]
+    assert snapshots._beginning.cache_info().misses == parsed
+
+    manifest = line[1][0] / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(manifest.read_bytes().replace(b'"ft0"', b'"ft9"'))
+    assert list(snapshots.line_of(merge.store, digests)) == [line[0], line[2]]
+
+
+def test_the_versions_on_disk_are_asked_about_at_once(merge: Merge) -> None:
+    """Each turn of work looks for what a kill left: as many questions for three versions as for one."""
+    asked: list[str] = []
+    counts = []
+    look(merge)
+    for _ in range(3):
+        merge.ledger._db.set_trace_callback(asked.append)
+        unfinished.finish(merge)
+        merge.ledger._db.set_trace_callback(None)
+        counts.append(len(asked))
+        asked.clear()
+        arrive(merge)
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_the_inbox_keeps_what_is_archived_and_waiting_and_nothing_else(merge: Merge) -> None:

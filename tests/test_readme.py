@@ -32,6 +32,7 @@ from streammerge.config.finalize import FinalizeSection
 from streammerge.config.gates import Limit
 from streammerge.config.screens import Tensors
 from streammerge.config.sources import DirectorySource
+from streammerge.config.targets import Probe
 from streammerge.steps import STEPS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 EXAMPLE = ROOT / "config" / "streammerge.yaml"
 COMMENTED_OUT = re.compile(r"^#(?=\S|  )", re.MULTILINE)  # "#key:" and what is indented below; prose has "# "
 LISTS = ("sources", "gates", "targets")
-EXAMPLES = ("limits", "base_models")  # at their defaults these would show nothing
+EXAMPLES = ("limits", "base_models", "probe")  # at their defaults these would show nothing
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -91,6 +92,7 @@ def test_the_example_has_every_key_at_its_default(tmp_path: Path) -> None:
                     default = field.get_default(call_default_factory=True)
                     assert getattr(part, key) == default, f"{kind}: {part.type}: {key}"
     assert set(raw["gates"][0]["limits"]["mean"]) == set(Limit.model_fields)
+    assert set(raw["targets"][1]["probe"]) == set(Probe.model_fields)
 
 
 def test_the_example_marks_the_keys_that_a_reload_cannot_change() -> None:

@@ -103,6 +103,27 @@ def test_the_manifest_lists_every_file(store: Store) -> None:
     assert content == files.canonical_json(json.loads(content))
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["},\n  {", "},  {", "é\n", '"'])
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+ROWS = st.lists(st.dictionaries(TEXT, PLAIN))
+
+
+@given(
+    st.recursive(PLAIN, lambda part: st.lists(part) | st.dictionaries(TEXT, part) | ROWS, max_leaves=20),
+    st.integers(1, 3),
+)
+def test_a_manifest_is_written_as_the_json_library_writes_it(value: object, depth: int) -> None:
+    """Sorted keys and an indent of one, to the byte, whatever stands in the strings."""
+    for nested in (
+        value,
+        {"a": [value] * depth},
+        [{"b": value}, {}] * depth,
+        [{"c": 1}] * (files.PIECES + 1),
+    ):
+        text = json.dumps(nested, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        assert files.canonical_json(nested) == f"{text}\n".encode()
+
+
 def test_the_same_content_has_the_same_digest(store: Store) -> None:
     """Sealing the same files with the same facts twice gives the same digest; one byte more another."""
     one = sealed(store)

@@ -56,7 +56,8 @@ def status(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
             soft_wrap=True,
         )
     for target in found["targets"]:
-        line = f"target    {target['name']}: {target['state']}, confirmed version {target['snapshot']}"
+        serves = "-" if target["snapshot"] is None else target["snapshot"]
+        line = f"target    {target['name']}: {target['state']}, serves version {serves}"
         out.print(line + (f", {escape(target['error'])}" if target["error"] else ""), soft_wrap=True)
     for version, why in found["damaged"].items():
         out.print(f"[red]damaged   version {version}: {escape(why)}[/]", soft_wrap=True)
@@ -166,6 +167,10 @@ def show(
     out.print(f"{found['method']} {found['knobs']} finalize {found['finalize']}", soft_wrap=True)
     for name, value in {**found["totals"], **found["health"]}.items():
         out.print(f"  {name:24}{value if value is not None else '-'}")
+    if found["tuning"]:
+        out.print(tuning_of(found["tuning"]), soft_wrap=True)
+    for target in found["served"]:
+        out.print(f"  confirmed by {target['target']} at {target['at']}")
     print_table(
         ("#", "fine-tune", "source", "revision", "digest"),
         [
@@ -174,6 +179,18 @@ def show(
         ],
     )
     print_gates(found.get("gates", {}))
+
+
+def tuning_of(account: dict[str, Any]) -> str:
+    """Write how strongly a version is rendered, what was tried, and why that was chosen."""
+    chosen = account["best"] if account["accepted"] else account["default"]
+    lines = [f"tuned: {account['kind']} {chosen}, {account.get('why', '')}"]
+    lines += [
+        f"  {value!s:24}{'-' if loss is None else f'{loss:.6g}'}" for value, loss in account.get("points", ())
+    ]
+    if held := account.get("held_out"):
+        lines.append("  held out: " + ", ".join(f"{key} {value}" for key, value in held.items()))
+    return "\n".join(lines)
 
 
 @app.command()

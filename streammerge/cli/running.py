@@ -221,12 +221,16 @@ def demo(
         Path | None,
         typer.Option(help="A new folder for all that the demo makes; streammerge-demo, -2, -3, …"),
     ] = None,
+    *,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Run a server of the model, and examine that.")
+    ] = False,
 ) -> None:
     """Watch the real daemon fold seven fine-tunes, refuse a broken one, take a harmful one back. A minute."""
     from streammerge import demo as show
 
     names = (Path("streammerge-demo" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
-    show.run(folder or next(path for path in names if not path.exists()), console=out)
+    show.run(folder or next(path for path in names if not path.exists()), console=out, serve=serve)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -20,7 +21,11 @@ from streammerge.cli.console import (
     sources_app,
     targets_app,
 )
-from streammerge.errors import StreammergeError, TryAgain
+from streammerge.errors import AnsweredWrong, StreammergeError, TryAgain
+
+if TYPE_CHECKING:
+    from streammerge.config.targets import TargetSection
+    from streammerge.targets import Target, Told
 
 
 @sources_app.command("test")
@@ -56,7 +61,10 @@ def try_sources(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
 
 @targets_app.command("test")
 def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
-    """Tell every target of the version that is current now. Exit 75 if one does not confirm."""
+    """Tell every target of the version that is current now, ask its probe and what it serves.
+
+    Exit 75 if one does not confirm.
+    """
     from streammerge import reports, snapshots
     from streammerge.targets import Told, open_target
 
@@ -65,29 +73,40 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
     serving = snapshots.current(store)
     if serving is None:
         raise StreammergeError("nothing is served yet", hint="`streammerge status` says why")
-    snapshot, found = snapshots.read(serving), []
-    hints: dict[str | None, str] = {}
-    for part in settings.targets:
-        try:
-            open_target(part, settings).tell(
-                Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}", "test")
-            )
-            found.append({"name": part.name, "state": "confirmed", "error": None})
-        except TryAgain as exc:
-            found.append({"name": part.name, "state": "failing", "error": exc.message})
-            hints[part.name] = exc.hint
+    snapshot = snapshots.read(serving)
+    told = Told(snapshot.version, snapshot.digest, snapshot.path, f"test-{snapshot.digest[:12]}", "test")
+    found = [_tried(part, open_target(part, settings), told) for part in settings.targets]
     if as_json:
         print_json(found)
-    for entry in found if not as_json else []:
-        out.print(
-            f"{entry['name']}: {entry['state']}"
-            + (f", {escape(str(entry['error']))}" if entry["error"] else ""),
-            soft_wrap=True,
+    else:
+        print_table(
+            ("target", "state", "serves", "error"),
+            [(t["name"], t["state"], t["serves"], t["error"]) for t in found],
         )
-        if hint := hints.get(entry["name"]):
-            out.print(f"  hint: {escape(hint)}", soft_wrap=True)
+        for entry in found:
+            if entry["hint"]:
+                out.print(f"  {entry['name']}: hint: {escape(entry['hint'])}", soft_wrap=True)
     if any(entry["error"] for entry in found):
         raise typer.Exit(75)
+
+
+def _tried(part: TargetSection, target: Target, told: Told) -> dict[str, Any]:
+    """Tell a target, ask its probe, and ask what it serves then, whatever came of it."""
+    from streammerge import probe
+    from streammerge.config.targets import Serving
+
+    entry: dict[str, Any] = {"name": part.name, "type": part.type, "state": "confirmed", "serves": None}
+    entry |= {"error": None, "hint": None}
+    try:
+        target.tell(told)
+        if isinstance(part, Serving):
+            probe.ask(part, told, lambda: None)
+    except TryAgain as exc:
+        state = "wrong" if isinstance(exc, AnsweredWrong) else "failing"
+        entry |= {"state": state, "error": exc.message, "hint": exc.hint or None}
+    with suppress(TryAgain):
+        entry["serves"] = target.serves()
+    return entry
 
 
 @config_app.command("check")

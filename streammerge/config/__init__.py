@@ -17,7 +17,8 @@ from streammerge.config.gates import GateSection
 from streammerge.config.screens import Screens, Tensors
 from streammerge.config.section import Section
 from streammerge.config.sources import HubSource, SourceSection
-from streammerge.config.targets import TargetSection
+from streammerge.config.targets import Rollout, TargetSection
+from streammerge.config.tuning import TuneSection
 from streammerge.quantities import Duration, Size
 
 HUB_ADDRESS = re.compile(
@@ -78,6 +79,9 @@ class Config(Section):
     ] = Field(default="spectral_cap", description="how deltas combine")  # fmt: skip
     knobs: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     finalize: FinalizeSection = Field(default=FinalizeSection())
+    tune: TuneSection | None = Field(
+        default=None, description="chooses for each version how strongly it is rendered, by measuring it"
+    )
     added: tuple[str, ...] | None = Field(
         default=None, description="weights that are added whole, as globs; replaces the default list"
     )
@@ -107,11 +111,15 @@ class Config(Section):
     incomplete_after: Duration = Field(
         default=86400.0, description="a fine-tune whose files still miss then is refused"
     )
+    batch: int = Field(
+        default=1, ge=1, le=256, description="how many waiting fine-tunes are folded into one version at most"
+    )
     approve: Literal["auto", "manual"] = Field(
         default="auto", description="whether a person approves each fine-tune"
     )
     gates: tuple[GateSection, ...] = Field(default=(), description="checks of a candidate, in order")
     targets: tuple[TargetSection, ...] = Field(default=(), description="who is told of a promotion, in order")
+    rollout: Rollout = Field(default=Rollout())
     keep: int = Field(default=5, ge=1, description="how many accepted versions stay on disk")
     keep_spaced: int = Field(
         default=4,
@@ -155,6 +163,12 @@ class Config(Section):
                 part.base_models or part.repos or part.authors or self.hub_base
             ):
                 raise ValueError(f"source {part.name}: say what to look for: base_models, authors or repos")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_tuned_is_there(self) -> Config:
+        if self.tune and self.tune.kind == "cap" and self.finalize.cap is None:
+            raise ValueError("tune.kind cap needs finalize.cap")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,9 @@ import json
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -41,7 +43,15 @@ sources:
 # An exam that a version must pass before it is served; with it, the demo's harmful one is not:
 #gates:
 #  - {{name: exam, type: command, argv: {argv}, limits: {{mean: {{max_drop: 5}}}}}}
-http: {{listen: "{host}:{port}"}}
+{targets}http: {{listen: "{host}:{port}"}}
+"""
+TARGET = """\
+# A server of the model, which is told of every version. It speaks the protocol of SGLang.
+targets:
+  - name: web
+    type: sglang
+    url: {url}
+    probe: {{url: "{url}/predict", send: {{images: [0]}}, values: {{/label: "{{label}}"}}}}
 """
 
 
@@ -53,6 +63,7 @@ class Stage:
     console: Console
     exam: Exam
     daemon: live.Daemon
+    server: live.Server | None = None
     story: list[Served] = field(default_factory=list)
 
     def say(self, *lines: str, style: str = "") -> None:
@@ -60,13 +71,24 @@ class Stage:
         self.console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
-def run(folder: Path, *, console: Console, seed: int = 0) -> None:
-    """Play the demo in `folder`, which must be new or empty, and tell it on `console`."""
+def run(folder: Path, *, console: Console, seed: int = 0, serve: bool = False) -> None:
+    """Play the demo in `folder`, which must be new or empty, and tell it on `console`.
+
+    serve  a server of the model runs beside the daemon, and what it answers is what is examined
+    """
     _refuse_occupied(folder)
     base, exam = digits.begin(seed)
-    config, port = _prepare(folder, base, exam)
-    with live.running(config, log=folder / "daemon.log", port=port) as daemon:
-        stage = Stage(folder, console, exam, daemon)
+    server_port = live.free_port() if serve else None
+    config, port = _prepare(folder, base, exam, server_port)
+    with ExitStack() as processes:
+        server = None
+        if server_port:
+            exam_file, log = folder / "exam.safetensors", folder / "server.log"
+            server = processes.enter_context(
+                live.serving(exam_file, folder / "base", log=log, port=server_port)
+            )
+        daemon = processes.enter_context(live.running(config, log=folder / "daemon.log", port=port))
+        stage = Stage(folder, console, exam, daemon, server)
         _introduce(stage, base)
         fine_tunes = {task: digits.fine_tune(base, exam, task, seed=seed) for task in TASKS}
         bad = digits.harmful(base, exam, seed=seed)
@@ -87,7 +109,7 @@ def _refuse_occupied(folder: Path) -> None:
         raise ConfigError(f"{folder} exists and is not an empty folder", hint=hint)
 
 
-def _prepare(folder: Path, base: Model, exam: Exam) -> tuple[Path, int]:
+def _prepare(folder: Path, base: Model, exam: Exam, server_port: int | None = None) -> tuple[Path, int]:
     """Write the base, the exam and a configuration as a user would; return the file and its port."""
     (folder / "fine-tunes").mkdir(parents=True)
     digits.save_model(base, folder / "base")
@@ -96,7 +118,9 @@ def _prepare(folder: Path, base: Model, exam: Exam) -> tuple[Path, int]:
     exam_file = str((folder / "exam.safetensors").resolve())
     argv = [sys.executable, "-m", "streammerge.demo", exam_file, "{snapshot}"]
     config = folder / "streammerge.yaml"
-    config.write_text(CONFIG.format(argv=json.dumps(argv), host=live.HOST, port=port), encoding="utf-8")
+    targets = TARGET.format(url=f"http://{live.HOST}:{server_port}") if server_port else ""
+    text = CONFIG.format(argv=json.dumps(argv), host=live.HOST, port=port, targets=targets)
+    config.write_text(text, encoding="utf-8")
     return config, port
 
 
@@ -112,8 +136,19 @@ def _introduce(stage: Stage, base: Model) -> None:
         "The daemon runs as a process of its own:",
         f"  $ streammerge run -c {_shown(stage.daemon.config)}",
         "",
+        *_introduced(stage.server),
         "Each fine-tune is published by moving its folder into the watched one. A row is",
         f"what the model served then gets right, in %, of {len(stage.exam.test)} digits never trained on.",
+        "",
+    )
+
+
+def _introduced(server: live.Server | None) -> tuple[str, ...]:
+    if server is None:
+        return ()
+    return (
+        f"A server of the model listens at {server.url}. The daemon tells it of every version,",
+        "asks then which one it serves, and every number below is measured through it.",
         "",
     )
 
@@ -142,15 +177,34 @@ def _publish(stage: Stage, name: str, model: Model) -> None:
 
 
 def _serving(stage: Stage, *, at_least: int) -> Mapping[str, Any] | None:
-    """What is current, if it is that version or a later one."""
+    """What is current, if it is that version or a later one, and where there is a server, served by it."""
     current: Mapping[str, Any] | None = stage.daemon.status()["current"]
-    return current if current is not None and current["version"] >= at_least else None
+    if current is None or current["version"] < at_least:
+        return None
+    return current if stage.server is None or stage.server.label() == _label(current) else None
+
+
+def _label(current: Mapping[str, Any]) -> str:
+    """A version's name, that of its folder."""
+    return PurePath(current["path"]).name
+
+
+def _examined(stage: Stage, current: Mapping[str, Any]) -> dict[str, float]:
+    """The marks of what is served: of the server's answers, else of the folder."""
+    if stage.server is None:
+        model = digits.load_model(stage.daemon.config.parent / current["path"] / "model")
+        return digits.examine(model, stage.exam)
+    marks, images = {}, stage.exam.test
+    for task in stage.exam.heads:
+        label, answers = stage.server.predict(images.tolist(), task)
+        assert label == _label(current), f"{label} answers where {_label(current)} is served"
+        marks[task] = digits.marks(answers, stage.exam, task)
+    return marks
 
 
 def _show_row(stage: Stage, event: str, current: Mapping[str, Any], *, seconds: float | None = None) -> None:
     """Examine what is served now, print it as one row, remember it."""
-    model = digits.load_model(stage.daemon.config.parent / current["path"] / "model")
-    served = Served(current["version"], event, digits.examine(model, stage.exam))
+    served = Served(current["version"], event, _examined(stage, current))
     before = stage.story[-1].accuracy if stage.story else served.accuracy
     row = Text(f"{f'v{served.version}':3}{picture.label(served):10}", style="red" if event == HARMFUL else "")
     for task, now in served.accuracy.items():
@@ -209,7 +263,8 @@ def _show_harm_and_rollback(stage: Stage, model: Model) -> None:
     stage.say(f"  $ streammerge rollback --yes -c {_shown(stage.daemon.config)}")
     began = time.monotonic()
     stage.daemon.command("rollback", "--yes")
-    _show_row(stage, "rollback", stage.daemon.status()["current"], seconds=time.monotonic() - began)
+    current = stage.daemon.wait_for("to serve it again", lambda: _serving(stage, at_least=0))
+    _show_row(stage, "rollback", current, seconds=time.monotonic() - began)
     same = "The very same" if stage.story[-1].accuracy == good.accuracy else "NOT the same"
     stage.say(
         "",
@@ -238,6 +293,9 @@ def _say_how_to_go_on(stage: Stage) -> None:
         "metrics": f"http://{live.HOST}:{stage.daemon.port}/metrics   (status page at /)",
         "log": _shown(stage.daemon.log),
     }
+    if stage.server is not None:
+        words = (str(stage.server.port), str(folder / "exam.safetensors"), str(folder / "base"))
+        lines["the server"] = f"python -m streammerge.demo.serve {shlex.join(words)}"
     if (folder / "accuracy.png").exists():
         lines["picture"] = _shown(folder / "accuracy.png")
     stage.say("", "The daemon has stopped; everything is kept. To go on:", style="bold")

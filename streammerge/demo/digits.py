@@ -123,11 +123,15 @@ def examine(model: Model, exam: Exam) -> dict[str, float]:
     """Accuracy in percent on the test images: the base's skill first, then every task."""
     with _one_thread():
         seen = features(model, exam.images[exam.test])
-    right = {
-        task: linear(seen, head).argmax(-1).eq(exam.answers(task)[exam.test])
-        for task, head in exam.heads.items()
+    return {
+        task: marks(linear(seen, head).argmax(-1).tolist(), exam, task) for task, head in exam.heads.items()
     }
-    return {task: 100 * marks.double().mean().item() for task, marks in right.items()}
+
+
+def marks(answers: Sequence[int], exam: Exam, task: str) -> float:
+    """Accuracy in percent of somebody's answers to the test images."""
+    right = torch.tensor(answers).eq(exam.answers(task)[exam.test])
+    return 100 * right.double().mean().item()
 
 
 def mean_of_tasks(accuracy: Mapping[str, float]) -> float:

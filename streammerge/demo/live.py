@@ -42,11 +42,11 @@ class Daemon:
 
     def wait_until_ready(self) -> None:
         """Until it says that it serves."""
-        self.wait_for("to be ready", lambda: self._get("/readyz")[0] == 200 or None)
+        self.wait_for("to be ready", lambda: ask(self.port, "GET", "/readyz")[0] == 200 or None)
 
     def status(self) -> dict[str, Any]:
         """What `streammerge status --json` says, asked over HTTP."""
-        code, body = self._get("/api/v1/status")
+        code, body = ask(self.port, "GET", "/api/v1/status")
         if code != 200:
             message = f"the daemon answered {code} to /api/v1/status: {body[:200]!r}"
             raise StreammergeError(message, hint=self._hint)
@@ -81,18 +81,6 @@ class Daemon:
             time.sleep(GLANCE_SECONDS)
         return seen
 
-    def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body; 0 where nobody listens yet."""
-        connection = HTTPConnection(HOST, self.port, timeout=PATIENCE_SECONDS)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except (OSError, HTTPException):
-            return 0, b""
-        finally:
-            connection.close()
-
     @property
     def _hint(self) -> str:
         return f"the whole log is in {self.log}"
@@ -101,19 +89,66 @@ class Daemon:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running `python -m streammerge.demo.serve`, asked as anybody would ask it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self.port}"
+
+    def label(self) -> str | None:
+        """What it says that it serves; None while nobody listens."""
+        code, body = ask(self.port, "GET", "/model_info")
+        return str(json.loads(body)["weight_version"]) if code == 200 else None
+
+    def predict(self, images: list[int], task: str) -> tuple[str, list[int]]:
+        """What it answers to a question about images, and by which version."""
+        code, body = ask(self.port, "POST", "/predict", {"images": images, "task": task})
+        if code != 200:
+            raise StreammergeError(
+                f"the server answered {code}: {body[:200]!r}", hint=f"the whole log is in {self.log}"
+            )
+        said = json.loads(body)
+        return said["label"], said["answers"]
+
+
 @contextmanager
 def running(config: Path, *, log: Path, port: int) -> Iterator[Daemon]:
     """Start the daemon, hand it over, stop it by SIGTERM and wait until it has drained."""
+    with _process(_streammerge("run", "-c", str(config)), log) as process:
+        yield Daemon(process, config, log, port)
+
+
+@contextmanager
+def serving(exam: Path, model: Path, *, log: Path, port: int) -> Iterator[Server]:
+    """Start the server with a model folder, hand it over once it listens, stop it."""
+    words = [sys.executable, "-m", "streammerge.demo.serve", str(port), str(exam), str(model)]
+    with _process(words, log) as process:
+        server = Server(process, port, log)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while server.label() is None:
+            if process.poll() is not None or time.monotonic() > until:
+                said = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                raise StreammergeError(f"the server does not listen; its log says:\n{said}")
+            time.sleep(GLANCE_SECONDS)
+        yield server
+
+
+@contextmanager
+def _process(words: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program until the block ends; then it is told to stop, and killed where it does not."""
     with log.open("wb") as written:
         process = subprocess.Popen(
-            _streammerge("run", "-c", str(config)),
-            stdin=subprocess.DEVNULL,
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
+            words, stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT, env=_environment()
         )
     try:
-        yield Daemon(process, config, log, port)
+        yield process
     finally:
         process.terminate()
         try:
@@ -121,6 +156,19 @@ def running(config: Path, *, log: Path, port: int) -> Iterator[Daemon]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+    """Status and body; 0 where nobody listens yet."""
+    connection = HTTPConnection(HOST, port, timeout=PATIENCE_SECONDS)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body))
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
 
 
 def free_port() -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import json
 import math
+import operator
 import threading
 import time
 from contextlib import suppress
@@ -95,13 +97,13 @@ class HubRepositories:
             raise
 
     def _look(self, known: Mapping[str, Known], mark: _Mark, mentioned: set[str]) -> Look:
-        listed, ends = self._listed(mark)
+        due = {*mentioned, *mark.failed, *self._due_again(known)}
+        listed, ends = self._listed(mark, known, due | {*self.config.repos})
         if not mark.ends and self.config.first_run == "ignore":
             # By the Hub's own clock: ours may be another.
             there = [repo.last_modified for repo in listed.values() if repo]
             ends[FIRST] = max([*there, *self._last_changes(self.config.repos)], default=0.0)
             mark = _Mark({FIRST: ends[FIRST]})
-        due = {*mentioned, *mark.failed, *self._due_again(known)}
         listed |= dict.fromkeys(sorted({*self.config.repos, *due} - listed.keys()))
         listed = dict(sorted(listed.items(), key=lambda item: item[1].last_modified if item[1] else math.inf))
         seen: list[Sighting] = []
@@ -152,17 +154,22 @@ class HubRepositories:
             with suppress(Withheld):
                 yield self.hub.repo(name).last_modified
 
-    def _listed(self, mark: _Mark) -> tuple[dict[str, Repo | None], dict[str, float]]:
-        """Read every listing down to its mark; gives what is there, and where each ends now.
+    def _listed(
+        self, mark: _Mark, known: Mapping[str, Known], wanted: set[str]
+    ) -> tuple[dict[str, Repo | None], dict[str, float]]:
+        """Read every listing down to its mark; gives what is news or wanted, and where each ends now.
 
         An end is never in our future: one wrong date there would hide all that is published before it.
         """
         listed: dict[str, Repo | None] = {}
         ends = dict(mark.ends)
         for key, query in self._queries():
-            for repo in self._changed(query, mark.ends.get(key)):
-                listed.setdefault(repo.id, repo)
-                ends[key] = max(ends.get(key, 0.0), min(repo.last_modified, self._clock()))
+            for page in self._changed(query, mark.ends.get(key)):
+                latest = max((repo.last_modified for repo in page), default=0.0)
+                ends[key] = max(ends.get(key, 0.0), min(latest, self._clock()))
+                for repo in sorted(page, key=operator.attrgetter("id")):  # as `known` likes to be asked
+                    if repo.id in wanted or not _is_same(repo, known.get(repo.id)):
+                        listed.setdefault(repo.id, repo)
             ends.setdefault(key, 0.0)
         return listed, ends
 
@@ -174,14 +181,14 @@ class HubRepositories:
         for author in self.config.authors:
             yield f"author:{author}", {"author": author}
 
-    def _changed(self, query: dict[str, str], end: float | None) -> Iterator[Repo]:
-        """Walk one listing, latest change first, to where the last look ended."""
+    def _changed(self, query: dict[str, str], end: float | None) -> Iterator[list[Repo]]:
+        """Walk one listing page by page, latest change first, to where the last look ended."""
         oldest = 0.0 if end is None else end - OVERLAP_SECONDS
         for page in self.hub.pages(**query):
-            for repo in page:
-                if repo.last_modified < oldest:
-                    return
-                yield repo
+            changed = list(itertools.takewhile(lambda repo: repo.last_modified >= oldest, page))
+            yield changed
+            if len(changed) < len(page):
+                return
 
     def _due_again(self, known: Mapping[str, Known]) -> list[str]:
         """List repositories that could not be had and may be had by now."""
@@ -193,7 +200,7 @@ class HubRepositories:
     ) -> Sighting | None:
         """Judge one repository, asked about only if its commit is new; None where there is nothing to say."""
         commit = known.fingerprint.partition(" ")[0] if known else ""
-        if listing and listing.sha and listing.sha == commit and not is_due:
+        if listing and _is_same(listing, known) and not is_due:
             return None
         if listing and (rule := next(self._rules(listing), None)):
             return self._excluded(listing, *rule)
@@ -377,6 +384,11 @@ def needed_files(repo: Repo, sidecar: str) -> list[File]:
     """The files of the repository's own folder that a fold reads, weights last."""
     wanted = [file for file in repo.files if "/" not in file.path and headers.is_needed(file.path, sidecar)]
     return sorted(wanted, key=lambda file: (file.path.endswith(".safetensors"), file.path))
+
+
+def _is_same(repo: Repo, known: Known | None) -> bool:
+    """Whether a repository is listed at the commit that was seen before."""
+    return known is not None and repo.sha != "" and repo.sha == known.fingerprint.partition(" ")[0]
 
 
 def _pickles(repo: Repo) -> list[str]:

@@ -37,6 +37,15 @@ class Told:
         """The version's name for serving processes: that of its folder, 000042-<digest12>."""
         return self.snapshot.name
 
+    def variables(self, seen: str) -> dict[str, str]:
+        """Give what a program is told, in its environment; `seen` is the folder as it sees it."""
+        return {
+            "STREAMMERGE_SNAPSHOT": seen,
+            "STREAMMERGE_VERSION": str(self.version),
+            "STREAMMERGE_DIGEST": self.digest,
+            "STREAMMERGE_DELIVERY": self.delivery,
+        }
+
 
 class Target(Protocol):
     """One configured place that serves versions."""

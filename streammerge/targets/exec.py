@@ -34,12 +34,7 @@ class Exec:
 
     def tell(self, told: Told) -> None:
         """Run the command once."""
-        environment = {
-            "STREAMMERGE_SNAPSHOT": str(told.snapshot),
-            "STREAMMERGE_VERSION": str(told.version),
-            "STREAMMERGE_DIGEST": told.digest,
-            "STREAMMERGE_DELIVERY": told.delivery,
-        }
+        environment = told.variables(self.config.sees(told.snapshot))
         code, output, errors = programs.run(self.config.argv, environment, self.config.timeout, self._beat)
         if code == LATER:
             raise TryAgain(f"target {self.name} says later (exit 75)", hint="it is told again by itself")

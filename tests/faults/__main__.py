@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from faults import Findings
 
-PARTS = ("kills", "writes", "fuzz", "soak", "under_fire")
+PARTS = ("kills", "writes", "fuzz", "soak", "under_fire", "serving")
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 

@@ -141,6 +141,16 @@ def gated(site: Site) -> None:
     site.configure(gates=[{"name": "judge", "type": "command", "argv": argv, "limits": limits}])
 
 
+def tuned(site: Site) -> None:
+    """A program likes every model as much, which takes as long as any other answer."""
+    lines = """printf '{"losses": [0'; sed 's/.*/,0/' "$1" | tail -n +2 | tr -d '\\n'; echo ']}'"""
+    rows = "".join(f'{{"row": {number}}}\n' for number in range(40))
+    (site.root / "rows.jsonl").write_text(rows)
+    argv = [site.program("losses", lines), "{data}"]
+    section = {"kind": "scale", "data": "./rows.jsonl", "measure": "command", "argv": argv, "evaluations": 4}
+    site.configure(tune=section)
+
+
 def unheard(site: Site) -> None:
     """Two targets are away while four versions are promoted, and come back."""
     site.configure(targets=[target(site, "first"), target(site, "second")])
@@ -208,6 +218,12 @@ OPERATIONS = (
         "refused by a gate", ("c",), {"b": "quarantined", "c": "folded"}, {"keep_refused": 0},
         lay=after(gated, work_off), begin=publish("b", "c"),
     ),
+    Operation("folded together", NAMES, {**FOLDED, "z-broken": "refused"}, {"batch": 4}, begin=good_and_bad),
+    Operation(
+        "folded together, one at fault", ("a", "c"), {**FOLDED, "b": "quarantined"}, {"batch": 3},
+        lay=after(gated, work_off), begin=publish(*NAMES),
+    ),
+    Operation("tuned", ("a",), {"a": "folded"}, lay=after(tuned, work_off), begin=publish("a")),
     Operation(
         "taken up again", ("a", "b"), {"a": "folded", "b": "folded"},
         lay=after(gated, one_by_one("a", "b"), configure(gates=[])), asked=("fine-tunes", "retry", "b"),

@@ -1,0 +1,115 @@
+"""Steps 5 and 6: what servers load is written, tuned where that is asked for, and sealed as a candidate.
+
+Knows a state and what is folded into it, not how it came about.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from streammerge import files, methods, replay, snapshots, trials, tuning
+from streammerge.acceptance import record_candidate
+from streammerge.card import card
+from streammerge.errors import TryAgain
+from streammerge.furnish import furnish
+from streammerge.lineage import manifest_of
+from streammerge.steps import reached
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from streammerge.finalize import Finalize
+    from streammerge.folding import Measured
+    from streammerge.merging import Merge
+    from streammerge.rendering import Rendered
+    from streammerge.snapshots import Snapshot
+    from streammerge.state import State
+
+log = structlog.get_logger()
+
+
+def render(
+    merge: Merge,
+    state: State,
+    folded: list[dict[str, Any]],
+    parent: Snapshot | None,
+    version: int,
+    building: Path,
+    measured: Measured | None = None,
+    model: Rendered | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Step 5: write what servers load; gives the manifest to be and the hashes known so far.
+
+    `model` is given where its weights are written already.
+    """
+    recipe, finish = merge.recipe, merge.config.finalize
+    account = None
+    with ExitStack() as stack:
+        rereads = methods.rereads(recipe.method)
+        again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
+
+        def write(finish: Finalize, out: Path) -> Rendered:
+            with merge.metrics.stage("render"):
+                return merge.engine.render(recipe, state, finish, out, folded=again)
+
+        if model is None:
+            model = write(finish, building / "model")
+        if merge.config.tune and state.has_slots():
+            finish, model, account = tuned(merge, building, model, write)
+        for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
+            if incoming.finetune.finish() != entry["digest"]:
+                files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
+                raise TryAgain(
+                    f"what the store kept of {entry['name']} is not what was folded",
+                    hint="it is fetched from its source again",
+                )
+    rendered, norm = model
+    hashes = {f"state/{name}": found for name, found in state.hashes.items()}
+    hashes |= {f"model/{name}": found for name, found in rendered.items()}
+    manifest = {
+        "version": version,
+        "parent": parent.digest if parent else None,
+        "base": {"digest": recipe.base_digest, "name": recipe.base.name},
+        **manifest_of(merge.engine, recipe, finish, folded, state.totals, norm, measured),
+        "added": merge.store.read_settings()["added"],
+        "routes": [route.model_dump() for route in recipe.routes],
+        **({"tuning": account} if account else {}),
+    }
+    mark = {
+        key: manifest[key]
+        for key in ("version", "parent", "base", "method", "knobs", "finalize", "fine_tunes")
+    }
+    base_model = next(iter(merge.config.base_models), recipe.base.name)
+    furnish(recipe.base, building / "model", card(manifest, base_model=base_model), mark)
+    reached("rendered")
+    return manifest, hashes
+
+
+def tuned(
+    merge: Merge, building: Path, model: Rendered, write: Callable[[Finalize, Path], Rendered]
+) -> tuning.Tuned:
+    """Choose how strongly what was rendered is served, where that is asked for."""
+    assert merge.config.tune is not None
+    asked = tuning.Asked(
+        merge.config.tune, merge.config.finalize, merge.recipe.base, building / "model", model, write,
+        merge.engine.beat,
+    )  # fmt: skip
+    with merge.metrics.stage("tune"), trials.beside(building) as folder:
+        found = tuning.tune(asked, folder)
+    reached("tuned")
+    log.info("version.tuned", **{key: value for key, value in found.account.items() if key != "points"})
+    return found
+
+
+def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
+    """Step 6: an immutable candidate, then its row."""
+    with merge.metrics.stage("seal"):
+        candidate = snapshots.seal(merge.store, building, manifest, hashes)
+    reached("sealed")
+    record_candidate(merge, candidate)
+    reached("recorded")
+    return candidate
