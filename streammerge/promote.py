@@ -80,7 +80,8 @@ def verified(merge: Merge) -> list[int]:
     names = within_reach(merge)
     marks = ", ".join("?" for _ in names)
     found = merge.ledger.tuples(
-        f"select version from outbox where confirmed_at is not null and target in ({marks}) "  # noqa: S608 -- only question marks are put in
+        "select version from outbox indexed by outbox_confirmed "
+        f"where confirmed_at is not null and target in ({marks}) "  # noqa: S608 -- only question marks are put in
         "group by version having count(distinct target) = ? order by version desc limit ?",
         *names, len(names), LOOKED_BACK,
     )  # fmt: skip
