@@ -81,7 +81,7 @@ def verified(merge: Merge) -> list[int]:
     marks = ", ".join("?" for _ in names)
     found = merge.ledger.tuples(
         "select version from outbox indexed by outbox_confirmed "
-        f"where confirmed_at is not null and target in ({marks}) "  # noqa: S608 -- only question marks are put in
+        f"where confirmed_at is not null and target in ({marks}) "
         "group by version having count(distinct target) = ? order by version desc limit ?",
         *names, len(names), LOOKED_BACK,
     )  # fmt: skip
