@@ -22,6 +22,7 @@ from streammerge.config.gates import CommandGate, LoadsGate
 from streammerge.daemon import Daemon
 from streammerge.errors import ConfigError, TryAgain
 from streammerge.ledger import Ledger
+from streammerge.measuring import Measurement
 from streammerge.metrics import GATE_VERDICTS, Metrics
 from streammerge.reports import fine_tunes, history
 
@@ -341,6 +342,21 @@ def test_data_that_vanish_hold_the_queue(tmp_path: Path) -> None:
     [version] = (shop.config.store / "snapshots").iterdir()
     with pytest.raises(gates.GateBroken, match="there is no file"):
         gates.check(shop.config.gates, version, bench)
+    bench.ledger.close()
+
+
+def test_what_a_kind_always_asks_binds_where_it_is_measured(tmp_path: Path) -> None:
+    """A model whose forward pass nobody knows is let in by `loads`; one that lacks a weight is not."""
+    shop = gated(tmp_path / "shop")
+    shop.work()
+    bench = gates.Bench(Ledger(shop.config.store / "ledger.db"), Metrics(), None, shop.root / "base", 1.0)
+    [version] = (shop.config.store / "snapshots").iterdir()
+    loads = LoadsGate(type="loads", name="builds")
+    bench.keep(0, loads, Measurement({"missing": 0, "forward": 0}))
+    assert gates.check([loads], version, bench).reasons == ()
+    bench.keep(0, loads, Measurement({"missing": 1, "forward": 0}, {"missing": "a.weight"}))
+    words = "gate builds: missing = 1 is above 0 (a.weight)"
+    assert gates.check([loads], version, bench).reasons == (words,)
     bench.ledger.close()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import language
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, log_softmax
 
 from streammerge import evaluate, measuring, programs
@@ -154,6 +155,22 @@ def test_a_model_whose_outputs_are_not_finite(tmp_path: Path, measure: Callable[
     model = language.causal()
     model.lm_head.weight.data[3, 3] = math.inf
     assert measure("loads", language.save(model, tmp_path / "model"))["figures"]["finite"] == 0
+
+
+def test_a_model_of_which_nobody_knows_the_input_is_built_only(
+    tmp_path: Path, measure: Callable[..., Any]
+) -> None:
+    """One that hears is not asked to speak: what it computes is not known, and that is no fault of it."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+        "conv_dim": (16,), "conv_kernel": (3,), "conv_stride": (2,), "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+    }  # fmt: skip
+    transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes)).save_pretrained(tmp_path / "model")
+    found = measure("loads", tmp_path / "model")
+    assert (found["figures"]["missing"], found["figures"]["forward"]) == (0, 0)
+    assert "finite" not in found["figures"]
+    assert found["notes"]["forward"] == "not known what it takes: input_values"
 
 
 def test_no_code_of_a_model_is_run(tmp_path: Path, measure: Callable[..., Any]) -> None:
