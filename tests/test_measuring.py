@@ -44,7 +44,7 @@ def test_a_program_that_takes_too_much_memory_is_ended() -> None:
 
 def test_what_processes_share_counts_once() -> None:
     """A child that only reads what its parent holds takes nothing."""
-    lines = "import os, time\nheld = bytearray(120 << 20)\nos.fork()\ntime.sleep(1)\nprint(len(held))"
+    lines = "import os, time\nheld = bytearray(120 << 20)\nos.fork()\ntime.sleep(0.6)\nprint(len(held))"
     code, output, _ = programs.run(python(lines), {}, 30.0, memory=200 * MEGABYTE)
     assert (code, output.split()) == (0, ["125829120"] * 2)
 
@@ -56,7 +56,7 @@ def test_pages_of_a_file_are_no_memory_of_a_program(tmp_path: Path) -> None:
     lines = (
         "import mmap, sys, time\nfile = open(sys.argv[1], 'rb')\n"
         "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
-        "sum(held[::4096])\ntime.sleep(1)\nprint('read')"
+        "sum(held[::4096])\ntime.sleep(0.6)\nprint('read')"
     )
     code, output, errors = programs.run(
         [*python(lines), str(tmp_path / "weights")], {}, 30.0, memory=60 * MEGABYTE
@@ -66,7 +66,7 @@ def test_pages_of_a_file_are_no_memory_of_a_program(tmp_path: Path) -> None:
 
 def test_an_expendable_program_is_the_first_that_the_kernel_ends() -> None:
     """When memory runs out the kernel takes it, not the daemon."""
-    lines = "import time\ntime.sleep(0.5)\nprint(open('/proc/self/oom_score_adj').read())"
+    lines = "import time\ntime.sleep(0.3)\nprint(open('/proc/self/oom_score_adj').read())"
     assert programs.run(python(lines), {}, 30.0, is_expendable=True)[1].strip() == "1000"
     assert programs.run(python(lines), {}, 30.0)[1] == f"{Path('/proc/self/oom_score_adj').read_text()}\n"
 
