@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,11 @@ from shops import Shop
 
 from streammerge import gates, offline, once
 from streammerge.config import Config
-from streammerge.config.gates import CommandGate, LoadsGate
+from streammerge.config.gates import CommandGate, DriftGate, LoadsGate
 from streammerge.daemon import Daemon
 from streammerge.errors import ConfigError, TryAgain
 from streammerge.ledger import Ledger
+from streammerge.measuring import Measurement
 from streammerge.metrics import GATE_VERDICTS, Metrics
 from streammerge.reports import fine_tunes, history
 
@@ -114,10 +118,33 @@ def test_what_drift_measures_is_what_the_models_say(tmp_path: Path) -> None:
     assert found["notes"]["largest_change"] == max(ratios, key=lambda name: ratios[name])
 
 
+def test_what_is_not_finite_is_stopped_without_any_limit(tmp_path: Path) -> None:
+    """One value suffices, and its weight is named."""
+    shop = gated(tmp_path / "shop")
+    shop.work()
+    [version] = (shop.config.store / "snapshots").iterdir()
+    spoil(version / "model" / "model.safetensors")
+    ledger = Ledger(shop.config.store / "ledger.db")
+    bench = gates.Bench(ledger, Metrics(), None, shop.root / "base", 1.0)
+    [reason] = gates.check([DriftGate(type="drift", name="far")], version, bench).reasons
+    ledger.close()
+    words = r"gate far: finite = 0 is below 1 \(1 values are NaN or infinite, the first in model\..*\)"
+    assert re.fullmatch(words, reason)
+
+
+def spoil(file: Path) -> None:
+    """Make the last value of a file of float32 weights NaN."""
+    file.chmod(0o644)
+    with file.open("r+b") as content:
+        content.seek(-4, os.SEEK_END)
+        content.write(struct.pack("<f", math.nan))
+
+
 LATER = '[ -e "$(dirname "$0")/later" ] && exit 75; echo "{}"'
 
 
-def test_what_is_not_finite_is_stopped_without_any_limit(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_candidate_that_went_bad_while_it_waited_is_stopped(tmp_path: Path) -> None:
     """A sealed candidate in which a value became NaN is never served, whatever the gate's limits."""
     site = Site(tmp_path / "site")
     waits = {"name": "waits", "type": "command", "argv": [site.program("waits", LATER)]}
@@ -129,11 +156,7 @@ def test_what_is_not_finite_is_stopped_without_any_limit(tmp_path: Path) -> None
         site.publish("sick", 2)
         until(lambda: daemon.ask("history")[-1]["state"] == "candidate", "a candidate")
         [candidate] = (site.store / "candidates").glob("000002-*/model/model.safetensors")
-        candidate.chmod(0o644)
-        with candidate.open("r+b") as file:
-            file.seek(-4, 2)
-            last = models.load(candidate)
-            file.write(torch.tensor(float("nan")).numpy().tobytes())
+        spoil(candidate)
         (site.root / "later").unlink()
         rows = daemon.until_state(sick="quarantined")
         assert (
@@ -143,7 +166,6 @@ def test_what_is_not_finite_is_stopped_without_any_limit(tmp_path: Path) -> None
         assert site.served == ["good"]
         site.publish("next", 3)
         daemon.until_state(next="folded")
-        assert len(last) == len(site.base)
 
 
 # Limits
@@ -341,6 +363,21 @@ def test_data_that_vanish_hold_the_queue(tmp_path: Path) -> None:
     [version] = (shop.config.store / "snapshots").iterdir()
     with pytest.raises(gates.GateBroken, match="there is no file"):
         gates.check(shop.config.gates, version, bench)
+    bench.ledger.close()
+
+
+def test_what_a_kind_always_asks_binds_where_it_is_measured(tmp_path: Path) -> None:
+    """A model whose forward pass nobody knows is let in by `loads`; one that lacks a weight is not."""
+    shop = gated(tmp_path / "shop")
+    shop.work()
+    bench = gates.Bench(Ledger(shop.config.store / "ledger.db"), Metrics(), None, shop.root / "base", 1.0)
+    [version] = (shop.config.store / "snapshots").iterdir()
+    loads = LoadsGate(type="loads", name="builds")
+    bench.keep(0, loads, Measurement({"missing": 0, "forward": 0}))
+    assert gates.check([loads], version, bench).reasons == ()
+    bench.keep(0, loads, Measurement({"missing": 1, "forward": 0}, {"missing": "a.weight"}))
+    words = "gate builds: missing = 1 is above 0 (a.weight)"
+    assert gates.check([loads], version, bench).reasons == (words,)
     bench.ledger.close()
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import language
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy, log_softmax
 
 from streammerge import evaluate, measuring, programs
@@ -43,7 +44,7 @@ def test_a_program_that_takes_too_much_memory_is_ended() -> None:
 
 def test_what_processes_share_counts_once() -> None:
     """A child that only reads what its parent holds takes nothing."""
-    lines = "import os, time\nheld = bytearray(120 << 20)\nos.fork()\ntime.sleep(1)\nprint(len(held))"
+    lines = "import os, time\nheld = bytearray(120 << 20)\nos.fork()\ntime.sleep(0.6)\nprint(len(held))"
     code, output, _ = programs.run(python(lines), {}, 30.0, memory=200 * MEGABYTE)
     assert (code, output.split()) == (0, ["125829120"] * 2)
 
@@ -55,7 +56,7 @@ def test_pages_of_a_file_are_no_memory_of_a_program(tmp_path: Path) -> None:
     lines = (
         "import mmap, sys, time\nfile = open(sys.argv[1], 'rb')\n"
         "held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
-        "sum(held[::4096])\ntime.sleep(1)\nprint('read')"
+        "sum(held[::4096])\ntime.sleep(0.6)\nprint('read')"
     )
     code, output, errors = programs.run(
         [*python(lines), str(tmp_path / "weights")], {}, 30.0, memory=60 * MEGABYTE
@@ -65,7 +66,7 @@ def test_pages_of_a_file_are_no_memory_of_a_program(tmp_path: Path) -> None:
 
 def test_an_expendable_program_is_the_first_that_the_kernel_ends() -> None:
     """When memory runs out the kernel takes it, not the daemon."""
-    lines = "import time\ntime.sleep(0.5)\nprint(open('/proc/self/oom_score_adj').read())"
+    lines = "import time\ntime.sleep(0.3)\nprint(open('/proc/self/oom_score_adj').read())"
     assert programs.run(python(lines), {}, 30.0, is_expendable=True)[1].strip() == "1000"
     assert programs.run(python(lines), {}, 30.0)[1] == f"{Path('/proc/self/oom_score_adj').read_text()}\n"
 
@@ -154,6 +155,22 @@ def test_a_model_whose_outputs_are_not_finite(tmp_path: Path, measure: Callable[
     model = language.causal()
     model.lm_head.weight.data[3, 3] = math.inf
     assert measure("loads", language.save(model, tmp_path / "model"))["figures"]["finite"] == 0
+
+
+def test_a_model_of_which_nobody_knows_the_input_is_built_only(
+    tmp_path: Path, measure: Callable[..., Any]
+) -> None:
+    """One that hears is not asked to speak: what it computes is not known, and that is no fault of it."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+        "conv_dim": (16,), "conv_kernel": (3,), "conv_stride": (2,), "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+    }  # fmt: skip
+    transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes)).save_pretrained(tmp_path / "model")
+    found = measure("loads", tmp_path / "model")
+    assert (found["figures"]["missing"], found["figures"]["forward"]) == (0, 0)
+    assert "finite" not in found["figures"]
+    assert found["notes"]["forward"] == "not known what it takes: input_values"
 
 
 def test_no_code_of_a_model_is_run(tmp_path: Path, measure: Callable[..., Any]) -> None:

@@ -47,7 +47,7 @@ class GateBroken(TryAgain):
 class Kind(Protocol):
     """A module of this folder.
 
-    ALWAYS    limits that hold where the configuration says nothing else
+    ALWAYS    limits of what it measured that hold where the configuration says nothing else
     COMPARES  whether its numbers are of the version being served as much as of the candidate
     """
 
@@ -179,7 +179,8 @@ def judge(
         _try_on_current(gate, bench)
         bench.keep(version, gate, Measurement({}), verdict="refused", reasons=[measured])
         return {}, [measured]
-    limits = {**kind.ALWAYS, **gate.limits}
+    always = {key: limit for key, limit in kind.ALWAYS.items() if key in measured.figures}
+    limits = {**always, **gate.limits}
     served = _served(gate, bench) if any(limit.compares for limit in limits.values()) else {}
     reasons, drops = [], []
     for key, limit in limits.items():
