@@ -357,3 +357,17 @@ def test_without_rows_of_the_new_fine_tune_nothing_is_weighed(
         Config.model_validate({**places, **tune(tmp_path, kind="pareto", evaluations=7)})
     with pytest.raises(ValueError, match="cannot render what was merged before"):
         Config.model_validate({**places, **tune(tmp_path, kind="pareto"), "method": "pcb"})
+
+
+@pytest.mark.parametrize(("errors", "accepted"), [(1, True), (10, False)])
+def test_a_gain_within_the_error_is_not_taken(
+    errors: float, accepted: bool, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """By how many standard errors it must be better is asked, and not only whether it is."""
+    rows(tmp_path, published(tmp_path, base), 1.4, spread=0.4)
+    with opened(tmp_path, "store", **tune(tmp_path, errors=errors, evaluations=5)) as merge:
+        work_off(merge)
+        account = merge.head.manifest["tuning"]
+        assert account["held_out"]["gain"] > account["held_out"]["error"] > 0
+        assert account["accepted"] == accepted
+        assert (merge.head.manifest["finalize"]["scale"] != 1.0) == accepted
