@@ -33,7 +33,7 @@ TIMES = "it is tried again by itself; is it running, and is its address right?"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said."""
+    """What a server said; `url` without its query, which may be nobody's business."""
 
     url: str
     status: int
@@ -87,11 +87,13 @@ async def _watched(exchange: Any, beat: Callable[[], None]) -> Answer:  # noqa: 
     finally:
         task.cancel()
         await asyncio.wait({task})
+        _ = task.cancelled() or task.exception()  # seen, so that asyncio says nothing of it
 
 
 async def _exchange(
     method: str, url: str, content: bytes | None, headers: Mapping[str, str], seconds: float
 ) -> Answer:
+    place = url.partition("?")[0]
     try:
         async with (
             asyncio.timeout(seconds),
@@ -102,15 +104,15 @@ async def _exchange(
             async for chunk in answer.aiter_raw():
                 read += chunk
                 if len(read) > MAX_ANSWER_BYTES:
-                    raise TryAgain(f"{url} answers more than {MAX_ANSWER_BYTES:,} bytes", hint=TIMES)
-            return Answer(url, answer.status_code, bytes(read))
+                    raise TryAgain(f"{place} answers more than {MAX_ANSWER_BYTES:,} bytes", hint=TIMES)
+            return Answer(place, answer.status_code, bytes(read))
     except TimeoutError as exc:
         raise TryAgain(
-            f"{url} did not answer within {seconds:g} s",
+            f"{place} did not answer within {seconds:g} s",
             hint="it is tried again by itself; or raise its timeout",
         ) from exc
     except (httpx2.RequestError, httpx2.StreamError, httpx2.InvalidURL) as exc:
-        raise TryAgain(f"{url} cannot be reached: {str(exc) or type(exc).__name__}", hint=TIMES) from exc
+        raise TryAgain(f"{place} cannot be reached: {str(exc) or type(exc).__name__}", hint=TIMES) from exc
 
 
 @cache

@@ -29,12 +29,14 @@ def begun() -> tuple[Model, Exam]:
     return digits.begin(1, steps=20)
 
 
-@pytest.fixture
-def served(begun: tuple[Model, Exam], tmp_path: Path) -> Iterator[tuple[Site, live.Server]]:
+@pytest.fixture(scope="module")
+def served(
+    begun: tuple[Model, Exam], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Site, live.Server]]:
     """A server on the base, and a site whose daemon has it as its target."""
     base, exam = begun
     port = live.free_port()
-    site = Site(tmp_path / "site", base)
+    site = Site(tmp_path_factory.mktemp("served") / "site", base)
     digits.save_exam(exam, site.root / "exam")
     url = f"http://127.0.0.1:{port}"
     probe = {"url": f"{url}/predict", "send": {"images": [0]}, "values": {"/label": "{label}"}}
@@ -122,32 +124,22 @@ def test_a_version_switches_under_load(begun: tuple[Model, Exam], served: tuple[
         torch.testing.assert_close(torch.tensor(found), scores[label], rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_no_model_changes_nothing(begun: tuple[Model, Exam], tmp_path: Path) -> None:
-    """What does not fit the network, or is no model, is answered by 400 and changes nothing."""
-    base, exam = begun
-    digits.save_model(base, tmp_path / "base")
-    digits.save_exam(exam, tmp_path / "exam")
-    odd = {name: weight[:1] for name, weight in base.items()}
-    digits.save_model(odd, tmp_path / "odd")
-    log, port = tmp_path / "log", live.free_port()
-    wrong: list[Any] = [
-        {"model_path": str(tmp_path / "odd"), "weight_version": "x"},
-        {"model_path": str(tmp_path / "gone"), "weight_version": "x"},
-        {"weight_version": "x"},
-        [],
-    ]
-    with live.serving(tmp_path / "exam", tmp_path / "base", log=log, port=port) as server:
-        for asked in wrong:
-            code, body = live.ask(port, "POST", "/update_weights_from_disk", asked)
-            assert (code, json.loads(body)["success"]) == (400, False)
-        for asked in (
-            {"images": []},
-            {"images": [1797]},
-            {"images": [[1]]},
-            {"images": [0], "task": "x"},
-            [],
-            1,
-        ):
-            assert live.ask(port, "POST", "/predict", asked)[0] == 400
-        assert server.label() == "default"
-        assert server.predict([0, 1], "parity")[0] == "default"
+def test_what_is_no_model_changes_nothing(
+    begun: tuple[Model, Exam], served: tuple[Site, live.Server], tmp_path: Path
+) -> None:
+    """A folder that does not fit the network, or is none, and a question that makes no sense get a 400."""
+    server = served[1]
+    digits.save_model({name: weight[:1] for name, weight in begun[0].items()}, tmp_path / "odd")
+    before = server.label()
+    no_models: list[Any] = [
+        {"model_path": str(tmp_path / "odd")}, {"model_path": str(tmp_path)}, {"weight_version": "x"}, [],
+    ]  # fmt: skip
+    for asked in no_models:
+        code, body = live.ask(server.port, "POST", "/update_weights_from_disk", asked)
+        assert (code, json.loads(body)["success"]) == (400, False), asked
+    no_questions: list[Any] = [
+        {"images": []}, {"images": [1797]}, {"images": [[1]]}, {"images": [0], "task": "x"}, [], 1,
+    ]  # fmt: skip
+    for asked in no_questions:
+        assert live.ask(server.port, "POST", "/predict", asked)[0] == 400, asked
+    assert (server.label(), server.predict([0, 1], "parity")[0]) == (before, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,8 +12,10 @@ import pytest
 from daemons import free_port, until
 from hubs import Strange
 from places import KINDS, make_versions, opened, place, section
+from servers.inbox import Inbox
 from servers.triton import MODEL
 
+from streammerge import web
 from streammerge.errors import AnsweredWrong, Stopped, TryAgain
 
 if TYPE_CHECKING:
@@ -130,3 +134,24 @@ def test_a_redirection_is_not_followed_and_takes_no_key_along(tmp_path: Path, ve
             with pytest.raises(TryAgain, match="points elsewhere"):
                 opened(part, tmp_path).tell(versions[1])
         assert (first.asked, other.asked) == (["Bearer k3y"], [])
+
+
+def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that nobody vouches for gets no request; SSL_CERT_FILE names who vouches."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    certificate, key = str(tmp_path / "cert"), str(tmp_path / "key")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with Inbox(status=200, answer=b"{}") as inbox:
+        inbox.speak_tls(certificate, key)
+        with pytest.raises(TryAgain, match="certificate verify failed"):
+            web.send("POST", inbox.url, content=b"{}", timeout=10)
+        assert inbox.got == []
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        web._certificates.cache_clear()
+        assert web.send("POST", inbox.url, content=b"{}", timeout=10).is_good
+    web._certificates.cache_clear()

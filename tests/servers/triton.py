@@ -59,7 +59,7 @@ class TritonServer(ModelServer):
         }
 
     async def _index(self, request: Request) -> Response:
-        asked = await request.json()
+        asked = json.loads(await request.body() or b"{}")
         assert set(asked) <= {"ready"}, asked
         entry = {"name": MODEL, "version": str(self.version), "state": "READY", "reason": ""}
         rest = [] if asked.get("ready") else [{"name": "idle", "version": "1", "state": "UNAVAILABLE"}]
