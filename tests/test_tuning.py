@@ -357,3 +357,44 @@ def test_without_rows_of_the_new_fine_tune_nothing_is_weighed(
         Config.model_validate({**places, **tune(tmp_path, kind="pareto", evaluations=7)})
     with pytest.raises(ValueError, match="cannot render what was merged before"):
         Config.model_validate({**places, **tune(tmp_path, kind="pareto"), "method": "pcb"})
+
+
+@pytest.mark.parametrize(("errors", "accepted"), [(1, True), (10, False)])
+def test_a_gain_within_the_error_is_not_taken(
+    errors: float, accepted: bool, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """By how many standard errors it must be better is asked, and not only whether it is."""
+    rows(tmp_path, published(tmp_path, base), 1.4, spread=0.4)
+    with opened(tmp_path, "store", **tune(tmp_path, errors=errors, evaluations=5)) as merge:
+        work_off(merge)
+        account = merge.head.manifest["tuning"]
+        assert account["held_out"]["gain"] > account["held_out"]["error"] > 0
+        assert account["accepted"] == accepted
+        assert (merge.head.manifest["finalize"]["scale"] != 1.0) == accepted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_transformers_measures_a_language_model(tmp_path: Path) -> None:
+    """A tiny Llama is tuned on texts, by the log-loss of each; nothing is left of the trials."""
+    import language  # transformers takes seconds
+
+    language.save(language.causal(), tmp_path / "base")
+    weights = models.load(tmp_path / "base")
+    (tmp_path / "fine-tunes").mkdir()
+    models.make_fine_tune(tmp_path / "fine-tunes" / "a", weights, seed=1)
+    texts = [" ".join(f"w{(n * k) % 46}" for k in range(1, 12)) for n in range(60)]
+    language.write(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    section = {
+        "kind": "scale",
+        "data": str(tmp_path / "rows.jsonl"),
+        "measure": "perplexity",
+        "evaluations": 4,
+    }
+    with opened(tmp_path, "store", tune=section) as merge:
+        work_off(merge)
+        account = merge.head.manifest["tuning"]
+        assert len(account["points"]) == 2
+        assert all(loss is not None and 1 < loss < 10 for _, loss in account["points"])
+        assert account["used"] in (2, 4)
+        assert not list(merge.store.candidates.iterdir())
