@@ -49,7 +49,7 @@ def tidy(merge: Merge) -> list[str]:
             if version in refused and version not in shown:
                 files.remove_tree(path)
                 removed.append(path.name)
-    merge.metrics.retained.set(len(snapshots.folders(merge.store.snapshots)))
+    merge.metrics.retained.set(len(snapshots.names(merge.store.snapshots)))
     return removed
 
 
@@ -102,10 +102,9 @@ def collectable(merge: Merge) -> list[Path]:
         now() - merge.config.grace,
     )
     versions = {row["version"] for row in lately} | promote.awaited(merge) | {merge.head.version}
-    stay = [path for path in snapshots.folders(merge.store.snapshots) if snapshots.number(path) in versions]
     serving = snapshots.current(merge.store)
-    stay += [*merge.folding_from, *([serving] if serving else []), *stepping_stones(merge)]
-    return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay)
+    stay = [*merge.folding_from, *([serving] if serving else []), *stepping_stones(merge)]
+    return snapshots.collectable(merge.store, keep=merge.config.keep, keep_always=stay, versions=versions)
 
 
 def stepping_stones(merge: Merge) -> list[Path]:

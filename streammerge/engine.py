@@ -25,7 +25,7 @@ from streammerge.headers import Incomplete, find
 from streammerge.lanes import Lane
 from streammerge.methods import Totals
 from streammerge.plan import Recipe
-from streammerge.rendering import Finishing, Model, Rendered, Rendering
+from streammerge.rendering import Finishing, Mixture, Model, Rendered, Rendering
 from streammerge.state import (
     STATISTICS,
     Resident,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from streammerge.folding import Piece
     from streammerge.methods import Slots
     from streammerge.prepared import Prepared
+    from streammerge.rendering import Mix
     from streammerge.state import Figures
 
 
@@ -338,10 +339,12 @@ class Engine:
         out: Path,
         dtype: torch.dtype | None = None,
         folded: Sequence[Incoming] = (),
+        mix: Mix | None = None,
     ) -> Rendered:
         """Write base + finalize(render(state)) to the empty folder `out` under the base's file names.
 
-        `folded` are all fine-tunes in their order, open, for methods that read them again. Raises Refused
+        `folded` are all fine-tunes in their order, open, for methods that read them again; `mix` is served in
+        the place of the state alone, with an earlier state that is not empty. Raises Refused
         where a weight does not fit into the base's dtype, Damaged where the base changed since it was folded.
         """
         self._settle_threads()
@@ -354,7 +357,12 @@ class Engine:
             resident = self._resident if self._resident.holds(state) else None
             stack.enter_context(self._device_memory())
             base.bring, again.bring = Lane(self.device), Lane(self.device)  # each read on a thread of its own
-            rendering = Rendering(recipe, state, finish, again, resident, self.device, self._settle_threads)
+            settle = self._settle_threads
+            rendering: Rendering | Mixture
+            rendering = Rendering(recipe, state, finish, again, resident, self.device, settle)
+            if mix is not None:
+                before = Rendering(recipe, mix.before, finish, again, None, self.device, settle)
+                rendering = Mixture(rendering, before, mix)
             rendering.open(stack, folded, self.beat)
             model = Model(base, recipe, out, dtype)
             for number, names in enumerate(model.shards()):
@@ -371,7 +379,7 @@ class Engine:
         return model.finished()
 
     def _read(
-        self, rendering: Rendering, base: Weights, names: Sequence[str]
+        self, rendering: Rendering | Mixture, base: Weights, names: Sequence[str]
     ) -> Iterator[tuple[str, int, int, Tensor, Slots]]:
         """Read what is rendered, whole or in panels; no slots where nothing is added."""
         kinds = rendering.recipe.plan

@@ -104,7 +104,7 @@ alter table snapshots add column measured text not null default '{}';
 alter table outbox add column confirmed_at real;
 alter table outbox add column wrong integer not null default 0;
 update outbox set confirmed_at = done_at where state = 'done';
-create index outbox_by_version on outbox (version);
+create index outbox_confirmed on outbox (version, target) where confirmed_at is not null;
 create table served (
     target text primary key, snapshot text not null, asked_at real not null, error text not null default ''
 ) strict, without rowid;
@@ -392,10 +392,19 @@ class Ledger:
 
     def decided(self, versions: Iterable[int]) -> set[int]:
         """Give those of these snapshots that have a row and are candidates no more."""
-        wanted = list(versions)
-        marks = ", ".join("?" for _ in wanted)
-        query = f"select version from snapshots where state != 'candidate' and version in ({marks})"  # noqa: S608 -- only question marks are put in
-        return {version for (version,) in self.tuples(query, *wanted)}
+        query = (
+            "select version from snapshots where state != 'candidate' "
+            "and version in (select value from json_each(?))"
+        )
+        return {version for (version,) in self.tuples(query, json.dumps([*versions]))}
+
+    def counts(self, versions: Iterable[int], *, most: int) -> list[tuple[int, int]]:
+        """Give those of these snapshots that hold `most` fine-tunes or fewer, and how many; most first."""
+        query = (
+            "select version, count from snapshots where count <= ? "
+            "and version in (select value from json_each(?)) order by count desc, version"
+        )
+        return [(version, count) for version, count in self.tuples(query, most, json.dumps([*versions]))]
 
     def measured(self, version: int) -> dict[str, Any]:
         """Give what gates found of a version, by the gate's name."""
@@ -421,6 +430,11 @@ class Ledger:
             "set state = 'pending', attempts = 0, wrong = 0, next_try_at = 0, error = ''",
             promotion, target, version,
         )  # fmt: skip
+
+    def close_telling(self, number: int, state: str, why: str) -> None:
+        """Write down how a telling ended: done, skipped or dropped."""
+        query = "update outbox set state = ?, error = ?, done_at = ? where id = ?"
+        self.write(query, state, why, now(), number)
 
     def telling(self, promotion: int, target: str) -> Row | None:
         """Read how far a target is with one promotion."""

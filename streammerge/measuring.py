@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LATER = 75
 PACKAGES = Path(__file__).resolve().parent.parent
-# No network, no telemetry; what torch needs to find a GPU.
+# No network, no telemetry.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -31,7 +31,11 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": str(PACKAGES),
 }
-OF_THE_GPU = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+PASSED_ON = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "XDG_CACHE_HOME",
+)  # finding a GPU; where caches may be
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def evaluate(
     # -P: what lies in the working folder is not imported.
     argv = [sys.executable, "-P", "-m", "streammerge.evaluate", what, str(model)]
     argv += [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
-    gpu = {key: os.environ[key] for key in OF_THE_GPU if key in os.environ}
-    found = run(argv + ["--each"] * each, {**gpu, **OFFLINE}, bounds)
+    passed = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    found = run(argv + ["--each"] * each, {**passed, **OFFLINE}, bounds)
     return found if isinstance(found, str) else Measurement(**found)
 
 

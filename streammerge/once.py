@@ -14,19 +14,32 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, gates, machine, operations, reconcile, recovery, rollout, screen, turns
+from streammerge import (
+    files,
+    gates,
+    machine,
+    operations,
+    reconcile,
+    recovery,
+    rollout,
+    screen,
+    takeback,
+    turns,
+)
 from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
+from streammerge.ledger import now
 from streammerge.metrics import Metrics
 from streammerge.sources import open_source
 from streammerge.targets import open_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from streammerge.config import Config
     from streammerge.merging import Merge
     from streammerge.sources import Source
+    from streammerge.targets import Target
 
 EVERY_VERB = (*operations.VERBS, *operations.HEAVY)
 ROUNDS = 5  # how often a remote source is asked again for what it did not tell
@@ -63,11 +76,7 @@ def run_once(config: Config) -> None:
             sources = {part.name: open_source(part, config, beat) for part in config.sources}
             reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
-            while turns.work_once(merge, sources) and not merge.unable:
-                beat()
-            if merge.unable:  # the next one would be folded before the one that failed
-                raise merge.unable
-            rollout.deliver(merge, [open_target(part, config, beat) for part in config.targets], beat)
+            fold_and_tell(merge, sources, [open_target(part, config, beat) for part in config.targets], beat)
             left = merge.ledger.fine_tunes("pending") if not merge.held else []
             failures += [f"{row['name']}: {row['detail']}" for row in left]
             failures += [
@@ -96,6 +105,34 @@ def obey_once(config: Config, *, forgiving: bool = False) -> None:
         merge.ledger.close()
 
 
+def fold_and_tell(
+    merge: Merge, sources: dict[str, Source], targets: Sequence[Target], beat: Callable[[], None]
+) -> None:
+    """Fold what is ready and tell the targets; and again what a version that was taken back left over."""
+    before = None
+    while True:
+        while turns.work_once(merge, sources) and not merge.unable:
+            beat()
+        if merge.unable:  # the next one would be folded before the one that failed
+            raise merge.unable
+        rollout.deliver(merge, targets, beat)
+        for _ in range(takeback.WRONG_ANSWERS):  # a wrong answer is asked for again soon
+            if until := takeback.undecided_until(merge):
+                wait_until(time.monotonic() + until - now(), beat)
+                rollout.deliver(merge, targets, beat)
+        last = merge.ledger.last_promotion()
+        if last == before:
+            return
+        before = last
+
+
+def wait_until(deadline: float, beat: Callable[[], None]) -> None:
+    """Wait until a moment of the monotonic clock, or a stop."""
+    while time.monotonic() < deadline:
+        beat()
+        time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+
+
 def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[[], None]) -> list[str]:
     """Look at every source until none says that it will know more soon; gives what failed."""
     failures = []
@@ -110,10 +147,7 @@ def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[
                 raise
             except TryAgain as exc:
                 failures.append(exc.message)
-            deadline = time.monotonic() + max(again, default=0.0)
-            while time.monotonic() < deadline:
-                beat()
-                time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+            wait_until(time.monotonic() + max(again, default=0.0), beat)
         if again:
             failures.append(f"source {name}: not all of it could be read")
         log.info("source.looked_at", source=name)

@@ -304,7 +304,7 @@ def next_version(merge: Merge) -> int:
     row = merge.ledger.row("select max(version) as version from snapshots")
     known = [row["version"]] if row and row["version"] is not None else []
     for parent in (merge.store.candidates, merge.store.snapshots):
-        known += [snapshots.number(path) for path in snapshots.folders(parent)]
+        known += map(snapshots.numbered, snapshots.names(parent))
     return max(known, default=-1) + 1
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
+LOOKED_BACK = 16
+
 log = structlog.get_logger()
 
 
@@ -74,18 +76,15 @@ def within_reach(merge: Merge) -> list[str]:
 
 
 def verified(merge: Merge) -> list[int]:
-    """List the versions on disk that every serving target within reach has served, newest first."""
-    names, there = (
-        within_reach(merge),
-        [snapshots.number(p) for p in snapshots.folders(merge.store.snapshots)],
-    )
-    confirmed = merge.ledger.rows(
-        f"select version, target from outbox where version in ({', '.join('?' for _ in there)}) "  # noqa: S608 -- only question marks are put in
-        "and confirmed_at is not null",
-        *there,
-    )
-    by = {number: {row["target"] for row in confirmed if row["version"] == number} for number in there}
-    return sorted((number for number in there if names and by[number].issuperset(names)), reverse=True)
+    """List the versions that every serving target within reach has served, newest first: the newest few."""
+    names = within_reach(merge)
+    marks = ", ".join("?" for _ in names)
+    found = merge.ledger.tuples(
+        f"select version from outbox where confirmed_at is not null and target in ({marks}) "  # noqa: S608 -- only question marks are put in
+        "group by version having count(distinct target) = ? order by version desc limit ?",
+        *names, len(names), LOOKED_BACK,
+    )  # fmt: skip
+    return [version for (version,) in found]
 
 
 def is_unproven(merge: Merge) -> bool:
@@ -99,13 +98,14 @@ def is_unproven(merge: Merge) -> bool:
 
 def awaited(merge: Merge) -> set[int]:
     """List the versions that targets need: to be told of, confirmed last, served now, or served by all."""
-    pending = merge.ledger.rows("select version from outbox where state = 'pending'")
+    pending = merge.ledger.tuples("select version from outbox where state = 'pending'")
     confirmed = [merge.ledger.last_told(part.name) for part in merge.config.targets]
     reported = [
         snapshots.version_of(row["snapshot"]) for row in merge.ledger.rows("select snapshot from served")
     ]
     return {
-        *(row["version"] for row in (*pending, *confirmed) if row),
+        *(version for (version,) in pending),
+        *(row["version"] for row in confirmed if row),
         *(version for version in reported if version is not None),
         *verified(merge)[:1],
     }

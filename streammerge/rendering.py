@@ -166,6 +166,65 @@ class Rendering:
             yield arriving.arrival(entry, start, delta, arriving.sidecar(name, start, stop))
 
 
+@dataclass(frozen=True)
+class Mix:
+    """What was merged before, times `old`, and what has changed since then, times `new`."""
+
+    before: State
+    old: float
+    new: float
+
+
+@dataclass
+class Mixture:
+    """Two states open for rendering as one: `latest`, and the one that it came from.
+
+    In the slots that it gives, those of the earlier state have a mark before their name.
+    """
+
+    latest: Rendering
+    before: Rendering
+    mix: Mix
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same for both."""
+        return self.latest.recipe
+
+    @property
+    def state(self) -> State:
+        """The later one."""
+        return self.latest.state
+
+    def open(self, stack: ExitStack, folded: Sequence[Incoming], beat: Callable[[], None]) -> None:
+        """See Rendering.open, for both."""
+        assert not folded, "a method that reads fine-tunes again has no earlier merge in its state"
+        self.latest.open(stack, folded, beat)
+        self.before.open(stack, folded, beat)
+
+    def parts(self, name: str) -> Iterator[tuple[int, int]]:
+        """See Rendering.parts."""
+        return self.latest.parts(name)
+
+    def slots(self, name: str, start: int, stop: int) -> Slots:
+        """See Rendering.slots."""
+        earlier = self.before.slots(name, start, stop)
+        return {
+            **self.latest.slots(name, start, stop),
+            **{MARK + slot: part for slot, part in earlier.items()},
+        }
+
+    def delta(self, name: str, slots: Slots, start: int, stop: int) -> Tensor:
+        """What is added to the base: old * before + new * (latest - before)."""
+        earlier = {slot.removeprefix(MARK): part for slot, part in slots.items() if slot.startswith(MARK)}
+        now = {slot: part for slot, part in slots.items() if not slot.startswith(MARK)}
+        before = self.before.delta(name, earlier, start, stop)
+        return self.mix.old * before + self.mix.new * (self.latest.delta(name, now, start, stop) - before)
+
+
+MARK = "before "
+
+
 class Rendered(NamedTuple):
     """A model that was written: sha256 of each file by its name, and the norm of what was added."""
 

@@ -6,10 +6,9 @@ building folder, and what becomes of it is the pipeline's.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -86,13 +85,14 @@ def way_without(merge: Merge, head: Snapshot, places: Collection[int]) -> Way:
 def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | None, int]:
     """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
     marked = merge.ledger.fact("damaged") or {}
-    sound = [
-        (path, count)
-        for path, count in snapshots.line_of(merge.store, head.digests[:place])
-        if count and str(snapshots.number(path)) not in marked
-    ]
-    path, count = max(sound, key=itemgetter(1), default=(None, 0))
-    return (snapshots.read(path), count) if path else (None, 0)
+    names = {snapshots.numbered(name): name for name in snapshots.names(merge.store.snapshots)}
+    for version, count in merge.ledger.counts(names, most=place):
+        if count and str(version) not in marked:
+            with suppress(Damaged):
+                found = snapshots.read(merge.store.snapshots / names[version])
+                if found.digests == head.digests[:count]:
+                    return found, count
+    return None, 0
 
 
 def problem_of(merge: Merge, way: Way) -> str:

@@ -136,19 +136,21 @@ def source_status(ledger: Ledger, name: str) -> dict[str, Any]:
 def target_status(ledger: Ledger, name: str) -> dict[str, Any]:
     """Say what a target serves, as it confirmed it or was found to last, and what it is still to be told."""
     done, seen = ledger.last_told(name), ledger.served(name)
-    open_rows = ledger.rows("select * from outbox where target = ? and state = 'pending' order by id", name)
-    state = "starting" if not done and not open_rows else "confirmed" if not open_rows else "telling"
-    if open_rows and open_rows[0]["attempts"]:
-        state = "wrong" if open_rows[0]["wrong"] else "failing"
-    elif seen and seen["error"] and not open_rows:
+    query = "select * from outbox where target = ? and state = 'pending' order by id limit 1"
+    first = ledger.row(query, name)
+    state = "telling" if first else "confirmed" if done else "starting"
+    if first and first["attempts"]:
+        state = "wrong" if first["wrong"] else "failing"
+    elif seen and seen["error"] and not first:
         state = "unreachable"
-    error = open_rows[0]["error"] if open_rows else seen["error"] if seen else ""
+    error = first["error"] if first else seen["error"] if seen else ""
+    query = "select count(*) as n from outbox where target = ? and state = 'pending'"
     return {
         "name": name,
         "state": state,
         "snapshot": snapshots.version_of(seen["snapshot"]) if seen else done["version"] if done else None,
         "asked_at": iso(seen["asked_at"]) if seen else None,
-        "open": len(open_rows),
+        "open": (ledger.row(query, name) or {"n": 0})["n"],
         "error": error or None,
     }
 

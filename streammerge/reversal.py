@@ -26,6 +26,7 @@ def go_back(merge: Merge, chosen: Snapshot, cause: str) -> list[Row]:
     merge.ledger.set_fact("head", chosen.path.name)
     relabel_snapshots(merge, chosen)
     relabel_fine_tunes(merge, chosen)
+    leave_untold(merge)
     promote.intend(merge, chosen, cause)
     acceptance.refresh_merge_metrics(merge, chosen)
     return [row for row in merge.ledger.fine_tunes("folded") if row["digest"] in removed]
@@ -54,6 +55,18 @@ def relabel_fine_tunes(merge: Merge, chosen: Snapshot) -> None:
             merge.ledger.update_fine_tune(
                 row["id"], state="folded", reason="", detail="", version=first_with(merge, row["digest"])
             )
+
+
+def leave_untold(merge: Merge) -> None:
+    """A version that was gone back from is not told any more to those that would serve it."""
+    names = {part.name for part in promote.serving(merge)}
+    for row in merge.ledger.rows(
+        "select outbox.id, target, version from outbox join snapshots using (version) "
+        "where outbox.state = 'pending' and snapshots.state = 'rolled_back'"
+    ):
+        if row["target"] in names:
+            why = f"version {row['version']} was gone back from before the target served it"
+            merge.ledger.close_telling(row["id"], "skipped", why)
 
 
 def first_with(merge: Merge, digest: str) -> int | None:

@@ -7,6 +7,7 @@ that serves something else later is told of what is current again.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import structlog
@@ -28,34 +29,41 @@ log = structlog.get_logger()
 
 
 def deliver(merge: Merge, targets: Sequence[Target], beat: Callable[[], None] = lambda: None) -> float:
-    """Tell each target what is due for it, in order, one at a time; from the first again after a promotion.
+    """Tell each target what is due for it, in its order, one at a time.
 
     Gives when the next attempt is due, 0.0 for none.
     """
     drop_unknown(merge, {target.name for target in targets})
     welcome(merge)
-    while True:
-        before = merge.ledger.last_promotion() or {}
-        due = [until for target in targets if (until := deliver_to(merge, targets, target, beat))]
-        if (merge.ledger.last_promotion() or {}).get("id") == before.get("id"):
-            return min(due, default=0.0)
+    due: list[float | None] = [None]
+    while None in due:  # each in turn: one that lags behind holds up no other
+        due = [tell_next(merge, targets, target, beat) for target in targets]
+    return min((until for until in due if until), default=0.0)
 
 
-def deliver_to(merge: Merge, targets: Sequence[Target], target: Target, beat: Callable[[], None]) -> float:
-    """Tell one target what is due for it; gives when to go on, 0.0 where nothing is left."""
-    while True:
-        if not target.takes_all:
-            skip_older(merge, target.name)
-        row = next_row(merge, target.name)
-        if row is None:
-            return 0.0
-        if (until := max(row["next_try_at"], held_back(merge, targets, target, row, beat))) > now():
-            return float(until)
-        try:
-            if telling.attempt(merge, target, row, beat):
-                takeback.acquit(merge, row)
-        except AnsweredWrong as exc:
-            takeback.doubt(merge, target, row, exc, beat)
+def tell_next(
+    merge: Merge, targets: Sequence[Target], target: Target, beat: Callable[[], None]
+) -> float | None:
+    """Tell a target of the next promotion, if that is due; gives None if more may be due at once for any.
+
+    Else when to go on with this one, 0.0 where nothing is left for it.
+    """
+    if not target.takes_all:
+        skip_older(merge, target.name)
+    row = next_row(merge, target.name)
+    if row is None:
+        return 0.0
+    if (until := max(row["next_try_at"], held_back(merge, targets, target, row, beat))) > now():
+        return float(until)
+    try:
+        if not telling.attempt(merge, target, row, beat):
+            return float((next_row(merge, target.name) or row)["next_try_at"])
+    except AnsweredWrong as exc:
+        if not takeback.doubt(merge, target, row, exc, beat):
+            return float((next_row(merge, target.name) or row)["next_try_at"])
+    else:
+        takeback.acquit(merge, row)
+    return None
 
 
 def next_row(merge: Merge, target: str) -> Row | None:
@@ -75,7 +83,8 @@ def skip_older(merge: Merge, target: str) -> None:
     for row in merge.ledger.rows(
         "select * from outbox where target = ? and state = 'pending' and promotion < ?", target, last["id"]
     ):
-        telling.finish(merge, row, "skipped", f"version {last['version']} came before the target was told")
+        why = f"version {last['version']} came before the target was told"
+        merge.ledger.close_telling(row["id"], "skipped", why)
 
 
 def welcome(merge: Merge) -> None:
@@ -91,9 +100,9 @@ def welcome(merge: Merge) -> None:
 
 def drop_unknown(merge: Merge, names: Iterable[str]) -> None:
     """Close the rows of targets that the configuration no longer has, and forget what they served."""
-    for row in merge.ledger.rows("select * from outbox where state = 'pending'"):
-        if row["target"] not in names:
-            telling.finish(merge, row, "dropped", "the target is no longer configured")
+    query = "select id from outbox where state = 'pending' and target not in (select value from json_each(?))"
+    for row in merge.ledger.rows(query, json.dumps([*names])):
+        merge.ledger.close_telling(row["id"], "dropped", "the target is no longer configured")
     for row in merge.ledger.rows("select target from served"):
         if row["target"] not in names:
             merge.ledger.write("delete from served where target = ?", row["target"])

@@ -16,16 +16,15 @@ from streammerge.card import card
 from streammerge.errors import TryAgain
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
+from streammerge.rendering import Mix, Rendered
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from streammerge.finalize import Finalize
     from streammerge.folding import Measured
     from streammerge.merging import Merge
-    from streammerge.rendering import Rendered
     from streammerge.snapshots import Snapshot
     from streammerge.state import State
 
@@ -52,14 +51,17 @@ def render(
         rereads = methods.rereads(recipe.method)
         again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
 
-        def write(finish: Finalize, out: Path) -> Rendered:
+        def write(choice: tuning.Choice, out: Path) -> Rendered:
             with merge.metrics.stage("render"):
-                return merge.engine.render(recipe, state, finish, out, folded=again)
+                return merge.engine.render(
+                    recipe, state, choice.finish, out, folded=again, mix=mix_of(merge, choice, parent)
+                )
 
         if model is None:
-            model = write(finish, building / "model")
-        if merge.config.tune and state.has_slots():
-            finish, model, account = tuned(merge, building, model, write)
+            model = write(tuning.Choice(finish), building / "model")
+        if is_tuned(merge, state, folded, parent):
+            new = new_names(folded, parent)
+            finish, model, account = tuned(merge, building, model, write, new)
         for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
             if incoming.finetune.finish() != entry["digest"]:
                 files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
@@ -89,13 +91,41 @@ def render(
     return manifest, hashes
 
 
+def is_tuned(
+    merge: Merge, state: State, folded: Sequence[Mapping[str, Any]], parent: Snapshot | None
+) -> bool:
+    """Whether there is something to choose: a delta, and for two shares something old and something new."""
+    section = merge.config.tune
+    if section is None or not state.has_slots():
+        return False
+    has_both = parent is not None and bool(parent.fine_tunes) and bool(new_names(folded, parent))
+    return section.kind != "pareto" or has_both
+
+
+def new_names(folded: Sequence[Mapping[str, Any]], parent: Snapshot | None) -> frozenset[str]:
+    """Give the names of the fine-tunes that a version has and its parent has not."""
+    known = set(parent.digests) if parent else set()
+    return frozenset(entry["name"] for entry in folded if entry["digest"] not in known)
+
+
+def mix_of(merge: Merge, choice: tuning.Choice, parent: Snapshot | None) -> Mix | None:
+    """Give what is to be mixed; None where all of both is served."""
+    if parent is None or choice.shares == tuning.UNTOUCHED:
+        return None
+    return Mix(merge.state_of(parent), *choice.shares)
+
+
 def tuned(
-    merge: Merge, building: Path, model: Rendered, write: Callable[[Finalize, Path], Rendered]
+    merge: Merge,
+    building: Path,
+    model: Rendered,
+    write: Callable[[tuning.Choice, Path], Rendered],
+    new: frozenset[str],
 ) -> tuning.Tuned:
     """Choose how strongly what was rendered is served, where that is asked for."""
     assert merge.config.tune is not None
     asked = tuning.Asked(
-        merge.config.tune, merge.config.finalize, merge.recipe.base, building / "model", model, write,
+        merge.config.tune, merge.config.finalize, merge.recipe.base, building / "model", model, write, new,
         merge.engine.beat,
     )  # fmt: skip
     with merge.metrics.stage("tune"), trials.beside(building) as folder:

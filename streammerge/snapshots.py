@@ -24,7 +24,7 @@ from streammerge import files, machine
 from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
@@ -242,10 +242,9 @@ def accept(store: Store, candidate: Snapshot) -> Snapshot:
 
 def by_digest(store: Store, digest: str) -> Snapshot | None:
     """Open the accepted version with this digest, if it is still on disk."""
-    path = next(
-        (p for p in folders(store.snapshots) if p.name.endswith(f"-{digest[:DIGEST_CHARACTERS]}")), None
-    )
-    return read(path) if path else None
+    ending = f"-{digest[:DIGEST_CHARACTERS]}"
+    name = next((name for name in names(store.snapshots) if name.endswith(ending)), None)
+    return read(store.snapshots / name) if name else None
 
 
 def read(path: Path) -> Snapshot:
@@ -283,7 +282,7 @@ def line_of(store: Store, digests: Sequence[str]) -> Iterator[tuple[Path, int]]:
                 yield path, count
 
 
-@lru_cache(maxsize=512)  # many lie on disk where targets lag behind, and each lists thousands
+@lru_cache(maxsize=4096)  # many lie on disk where targets lag behind, and each lists thousands
 def _beginning(path: Path, stamp: Stamp) -> tuple[int, int]:
     """How many fine-tunes a version holds, and the last link of their chain; `stamp` is its manifest's."""
     del stamp
@@ -305,15 +304,26 @@ def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[dict[str, Any]],
 
 def folders(parent: Path) -> list[Path]:
     """List the sealed folders of candidates/ or snapshots/ by number, without reading them."""
-    if not parent.is_dir():
+    return [parent / name for name in names(parent)]
+
+
+def names(parent: Path) -> list[str]:
+    """List their names alone: where a target lags behind they are thousands, and each fold asks for them."""
+    try:
+        there = os.listdir(parent)  # noqa: PTH208 -- paths cost ten times as much
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    named = [(int(m[1]), entry) for entry in parent.iterdir() if (m := FOLDER.match(entry.name))]
-    return [entry for _, entry in sorted(named, key=lambda pair: (pair[0], pair[1].name))]
+    return sorted(sorted(filter(FOLDER.match, there)), key=len)  # the longer number is the greater
 
 
 def number(path: Path) -> int:
+    """Read a version's number off its folder."""
+    return numbered(path.name)
+
+
+def numbered(name: str) -> int:
     """Read a version's number off the name of its folder."""
-    return int(path.name.partition("-")[0])
+    return int(name.partition("-")[0])
 
 
 def version_of(label: str) -> int | None:
@@ -324,7 +334,8 @@ def version_of(label: str) -> int | None:
 
 def by_version(store: Store, version: int) -> Path | None:
     """Find the accepted folder of a version."""
-    return next((path for path in folders(store.snapshots) if number(path) == version), None)
+    name = next((name for name in names(store.snapshots) if numbered(name) == version), None)
+    return store.snapshots / name if name else None
 
 
 def current(store: Store) -> Path | None:
@@ -405,8 +416,11 @@ def remove_unfinished(store: Store) -> list[str]:
     return removed
 
 
-def collectable(store: Store, *, keep: int, keep_always: Iterable[Path]) -> list[Path]:
-    """List accepted folders that may go: all but the newest `keep` and those that must stay."""
+def collectable(
+    store: Store, *, keep: int, keep_always: Iterable[Path], versions: Container[int] = ()
+) -> list[Path]:
+    """List accepted folders that may go: all but the newest `keep`, `keep_always` and `versions`."""
     stay = {path.name for path in keep_always}
-    older = folders(store.snapshots)[:-keep] if keep else folders(store.snapshots)
-    return [path for path in older if path.name not in stay]
+    older = names(store.snapshots)[:-keep] if keep else names(store.snapshots)
+    left = [name for name in older if name not in stay and numbered(name) not in versions]
+    return [store.snapshots / name for name in left]

@@ -32,17 +32,17 @@ GUARDED = ("fold", "retract")  # what is taken back: never what a person, or thi
 log = structlog.get_logger()
 
 
-def doubt(merge: Merge, target: Target, row: Row, why: TryAgain, beat: Callable[[], None]) -> None:
-    """Find out who is to blame for wrong answers, and take the version back if it is.
+def doubt(merge: Merge, target: Target, row: Row, why: TryAgain, beat: Callable[[], None]) -> bool:
+    """Find out who is to blame for wrong answers, and take the version back if it is; whether that was done.
 
     It is the target where it does not serve the version before either, or all have served this one already.
     """
     served = promote.verified(merge)
     if row["wrong"] + 1 < WRONG_ANSWERS or row["cause"] not in GUARDED or row["version"] in served:
-        return
+        return False
     good = version_before(merge, row["version"], served)
     if good is None:
-        return
+        return False
     delivery = f"{row['promotion']}-{good.digest[:12]}"
     try:
         told = Told(good.version, good.digest, good.path, delivery, "answered-wrong")
@@ -53,8 +53,17 @@ def doubt(merge: Merge, target: Target, row: Row, why: TryAgain, beat: Callable[
         log.warning(
             "target.unwell", target=target.name, version=good.version, error=exc.message, hint=exc.hint
         )
-        return
-    take_back(merge, target, row, good, why)
+        return False
+    return take_back(merge, target, row, good, why)
+
+
+def undecided_until(merge: Merge) -> float:
+    """When a target is asked again whose wrong answers do not say yet who is to blame; 0.0 for none."""
+    row = merge.ledger.row(
+        "select min(next_try_at) as at from outbox where state = 'pending' and wrong between 1 and ?",
+        WRONG_ANSWERS,
+    )
+    return float((row or {})["at"] or 0.0)
 
 
 def version_before(merge: Merge, version: int, served: Iterable[int]) -> Snapshot | None:
@@ -67,7 +76,7 @@ def version_before(merge: Merge, version: int, served: Iterable[int]) -> Snapsho
     return None
 
 
-def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAgain) -> None:
+def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAgain) -> bool:
     """Put the version that all served back on all of them, and make it head.
 
     The one fine-tune that came since is set aside. Of several, half are folded again and served, and so on:
@@ -77,7 +86,7 @@ def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAg
     with merge.turn:
         last, path = merge.ledger.last_promotion(), snapshots.by_version(merge.store, row["version"])
         if last is None or last["cause"] not in GUARDED or path is None:
-            return  # a person went back meanwhile
+            return False  # a person went back meanwhile
         suspects = [digest for digest in snapshots.read(path).digests if digest not in set(good.digests)]
         blame = Refused(
             "answered-wrong",
@@ -106,6 +115,7 @@ def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAg
         target=target.name,
         error=why.message,
     )
+    return True
 
 
 def reason_to_hold(count: int, suspects: Sequence[str], blame: Refused) -> str:

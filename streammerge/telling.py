@@ -34,9 +34,11 @@ log = structlog.get_logger()
 
 def attempt(merge: Merge, target: Target, row: Row, beat: Callable[[], None]) -> bool:
     """Tell one target of one promotion; False where it is to be told again, raises AnsweredWrong."""
-    path = snapshots.by_version(merge.store, row["version"])
-    if path is None:
-        finish(merge, row, "skipped", "the version was collected before the target could be told")
+    path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
+    if not path.is_dir():
+        merge.ledger.close_telling(
+            row["id"], "skipped", "the version was collected before the target could be told"
+        )
         return True
     started = time.monotonic()
     try:
@@ -104,7 +106,7 @@ def confirm(merge: Merge, target: Target, row: Row) -> None:
     """Write down that a target serves a version, and how long its fine-tunes took to get there."""
     before = merge.ledger.last_told(target.name)
     with merge.ledger.transaction():
-        finish(merge, row, "done", "")
+        merge.ledger.close_telling(row["id"], "done", "")
         merge.ledger.write("update outbox set confirmed_at = ?, wrong = 0 where id = ?", now(), row["id"])
     merge.metrics.told.labels(target.name, "ok").inc()
     for found in merge.ledger.rows(  # of each that is served here first now
@@ -112,13 +114,6 @@ def confirm(merge: Merge, target: Target, row: Row) -> None:
         before["version"] if before else -1, row["version"],
     ):  # fmt: skip
         merge.metrics.served_seconds.labels(target.name).observe(max(0.0, now() - found["published_at"]))
-
-
-def finish(merge: Merge, row: Row, state: str, error: str) -> None:
-    """Close an outbox row."""
-    merge.ledger.write(
-        "update outbox set state = ?, error = ?, done_at = ? where id = ?", state, error, now(), row["id"]
-    )
 
 
 def look_at(merge: Merge, target: Target, row: Row, beat: Callable[[], None]) -> bool:

@@ -36,15 +36,10 @@ class Unmeasured(StreammergeError):
 
 
 class Losses(NamedTuple):
-    """The log-loss of each row, and the row's task."""
+    """The row's tasks, and their log-losses."""
 
     tasks: tuple[str, ...]
     values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over all rows; infinite where one is, or is none."""
-        return mean(self.values)
 
 
 def mean(values: Sequence[float]) -> float:

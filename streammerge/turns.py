@@ -164,8 +164,10 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     except Stopped:
         raise
     except TryAgain as exc:
+        pending = merge.ledger.numbers("pending")
         for row in rows:
-            aside.put_back(merge, row, exc)
+            if str(row["id"]) in pending:
+                aside.put_back(merge, row, exc)
     finally:
         allocator.give_back()
     return True

@@ -36,12 +36,13 @@ def record_candidates(merge: Merge) -> None:
 
 def accept_trailing(merge: Merge) -> None:
     """A version that was moved into snapshots/ but not yet recorded: its row is added."""
-    paths = snapshots.folders(merge.store.snapshots)
-    recorded = merge.ledger.decided(map(snapshots.number, paths))
-    for path in paths:
-        version = snapshots.number(path)
+    names = snapshots.names(merge.store.snapshots)
+    recorded = merge.ledger.decided(map(snapshots.numbered, names))
+    for name in names:
+        version = snapshots.numbered(name)
         if version in recorded:
             continue
+        path = merge.store.snapshots / name
         snapshot = snapshots.read(path)
         head = merge.head.digest if merge.ledger.fact("head") else None
         if snapshot.parent != head:

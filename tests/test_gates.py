@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+import language
 import models
 import pytest
 import torch
+import transformers
 from daemons import Site, until
 from documents import read
 from shops import Shop
@@ -17,7 +20,7 @@ from streammerge import gates, offline, once
 from streammerge.config import Config
 from streammerge.config.gates import CommandGate, LoadsGate
 from streammerge.daemon import Daemon
-from streammerge.errors import ConfigError
+from streammerge.errors import ConfigError, TryAgain
 from streammerge.ledger import Ledger
 from streammerge.metrics import GATE_VERDICTS, Metrics
 from streammerge.reports import fine_tunes, history
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Facts = dict[str, Any]
-WILD: Facts = {"max_delta_ratio": 1000.0, "screens": {"identity": {"action": "off"}}}  # screens let all pass
+SCREENS = ("identity", "norm", "cosine", "spectrum", "gauge")
+WILD: Facts = {"max_delta_ratio": 1000.0, "screens": {name: {"action": "off"} for name in SCREENS}}
 
 
 def gated(root: Path, *parts: Facts, **keys: Any) -> Shop:
@@ -201,6 +205,27 @@ def test_what_was_measured_counts_until_its_data_change(tmp_path: Path) -> None:
     assert asked() == 6
 
 
+def test_a_candidate_that_waits_is_not_measured_again(tmp_path: Path) -> None:
+    """While one gate says later, what the gates before it measured of the same candidate stands."""
+    argv = [script(tmp_path, 'echo x >> "$(dirname "$0")/asked"; echo \'{"n": 1}\'')]
+    waits = tmp_path / "waits"
+    waits.mkdir()
+    shop = gated(
+        tmp_path / "shop",
+        {"type": "command", "name": "costly", "argv": argv, "data": [], "limits": {"n": {"min": 1}}},
+        {"type": "command", "name": "waits", "argv": [script(waits, LATER)]},
+    )
+    shop.work()
+    (waits / "later").touch()
+    with pytest.raises(TryAgain):
+        shop.publish(["ant"])
+    assert len((tmp_path / "asked").read_text().split()) == 2
+    (waits / "later").unlink()
+    shop.work()
+    assert served(shop) == ["ant"]
+    assert len((tmp_path / "asked").read_text().split()) == 2
+
+
 @pytest.mark.parametrize(
     ("limit", "printed", "words"),
     [
@@ -345,3 +370,104 @@ def test_the_example_of_gates_in_the_documents_is_valid() -> None:
     assert found
     parts = Config.model_validate({"base": "b", "store": "s", **yaml.safe_load(found[1])}).gates
     assert [part.type for part in parts] == ["drift", "loads", "perplexity", "accuracy"]
+
+
+# With transformers: each model is built in a process of its own, which takes seconds
+
+
+def skilled(root: Path) -> tuple[Facts, list[Facts], Path]:
+    """Make a classifier that answers two tasks, its questions, and their file."""
+    rows = [
+        {"text": f"w{word} w{40 + task} w{other}", "label": 2 * task + word % 2, "task": "ab"[task]}
+        for task in (0, 1) for word in range(10) for other in (11, 12)
+    ]  # fmt: skip
+    model = language.train(language.classifier(), rows, 150)
+    language.save(model, root / "skilled")
+    return model.state_dict(), rows, language.write(root / "rows.jsonl", rows)
+
+
+def stock(shop_root: Path, base: Path, **keys: Any) -> Shop:
+    """Make a store in this process on a base that transformers knows."""
+    (shop_root / "fine-tunes").mkdir(parents=True)
+    shop = Shop.__new__(Shop)
+    shop.root, shop.base = shop_root, models.load(base)
+    source = {"name": "team", "type": "directory", "path": shop_root / "fine-tunes", "settle": 0}
+    told = {"base": base, "store": shop_root / "store", "threads": 1, "method": "task_arithmetic"}
+    shop.config = Config.model_validate(
+        {**told, "knobs": {"scale": 1.0}, "sources": [source], **WILD, **keys}
+    )
+    return shop
+
+
+def publish(shop: Shop, name: str, model: Any) -> None:
+    """Publish what was trained and work it off."""
+    language.save(model, shop.root / "fine-tunes" / name)
+    shop.work()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("default")
+def test_a_fine_tune_that_ruins_a_task_is_stopped_by_accuracy(tmp_path: Path) -> None:
+    """Taught wrong answers to one task, it loses more than 10 points there; a harmless one goes in."""
+    _, rows, data = skilled(tmp_path)
+    gate = {"type": "accuracy", "name": "tasks", "data": str(data), "limits": {"task.*": {"max_drop": 0.1}}}
+    builds = {"type": "loads", "name": "builds", "memory": "4GiB"}
+    shop = stock(tmp_path / "shop", tmp_path / "skilled", gates=[builds, gate])
+    shop.work()
+    kind = transformers.AutoModelForSequenceClassification
+    wrong = [{**row, "label": row["label"] ^ 1} if row["task"] == "b" else row for row in rows]
+    publish(shop, "ruins-b", language.train(kind.from_pretrained(tmp_path / "skilled"), wrong, 60))
+    publish(shop, "refines", language.train(kind.from_pretrained(tmp_path / "skilled"), rows, 5, 1e-4))
+    found, versions = told(shop)
+    assert served(shop) == ["refines"]
+    assert (found["ruins-b"]["state"], found["ruins-b"]["reason"]) == ("quarantined", "quality")
+    assert re.search(r"version 1: gate tasks: task\.b fell from 1 to 0\.", found["ruins-b"]["detail"])
+    figures = found["ruins-b"]["refused_in"]["gates"]["tasks"]["figures"]
+    assert figures["task.b"] < 0.9 <= figures["task.a"]
+    assert versions[-1]["gates"]["builds"]["figures"]["missing"] == 0
+    assert versions[-1]["gates"]["tasks"]["against"] == {
+        "version": 0, "figures": versions[0]["gates"]["tasks"]["figures"]
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("default")
+def test_a_model_that_does_not_load_or_talks_nonsense_is_stopped(tmp_path: Path) -> None:
+    """By `loads` where its configuration asks for more weights; by `perplexity` where it forgot its texts."""
+    texts = [{"text": f"w{i} w{i + 1} w{i + 2} w{i + 3}"} for i in range(20)]
+    model, ids = language.causal(), torch.tensor([language.ids(row["text"]) for row in texts])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    base = language.save(model, tmp_path / "base")
+    limits = {"perplexity": {"max_rise": 1.0}, "vs_base": {"max": 1.5}}
+    data = language.write(tmp_path / "texts.jsonl", texts)
+    shop = stock(
+        tmp_path / "shop", base,
+        gates=[
+            {"type": "loads", "name": "builds"},
+            {"type": "perplexity", "name": "texts", "data": str(data), "limits": limits},
+        ],
+    )  # fmt: skip
+    shop.work()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    publish(shop, "noise", model)
+    rows, versions = told(shop)
+    assert versions[0]["gates"]["texts"]["figures"]["vs_base"] == 1.0
+    assert "gate texts: perplexity rose from" in rows["noise"]["detail"]
+    assert "vs_base = " in rows["noise"]["detail"]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, num_hidden_layers=2)
+    for parameter in model.parameters():
+        parameter.data += 0.001 * torch.randn_like(parameter)
+    publish(shop, "misfit", model)
+    rows, _ = told(shop)
+    assert (rows["misfit"]["state"], rows["misfit"]["reason"]) == ("quarantined", "quality")
+    assert "gate builds: missing = 9 is above 0 (model.layers.2." in rows["misfit"]["detail"]
+    assert shop.manifest["version"] == 0

@@ -221,6 +221,23 @@ def test_the_versions_on_disk_are_asked_about_at_once(merge: Merge) -> None:
     assert counts[0] == counts[1] == counts[2]
 
 
+def test_a_target_that_lags_behind_holds_up_no_other(merge: Merge, tmp_path: Path) -> None:
+    """Where several promotions are due for two targets, they are told in turn."""
+    script = tmp_path / "tell.sh"
+    script.write_text(f'#!/bin/sh\necho "$1 $STREAMMERGE_VERSION" >> {tmp_path}/told\n')
+    script.chmod(0o755)
+    targets = [{"name": name, "type": "exec", "argv": [str(script), name]} for name in ("one", "two")]
+    facts = merge.config.model_dump(mode="json") | {"targets": targets}
+    merge.take(Config.model_validate(facts))
+    look(merge)
+    [part] = merge.config.sources
+    for _ in range(2):
+        assert turns.work_once(merge, {"team": open_source(part, merge.config)})
+    rollout.deliver(merge, [open_target(target, merge.config) for target in merge.config.targets])
+    told = (tmp_path / "told").read_text().split("\n")
+    assert told == ["one 1", "two 1", "one 2", "two 2", ""]
+
+
 def test_the_inbox_keeps_what_is_archived_and_waiting_and_nothing_else(merge: Merge) -> None:
     """Tidying asks which folders may stay; one whose fine-tune is out of the merge goes."""
     look(merge)

@@ -172,7 +172,12 @@ def test_perplexity_is_that_of_each_text_by_itself(tmp_path: Path, measure: Call
     """Batches and padding change nothing; tasks are told apart; each row's log-loss is given on request."""
     model = language.causal().eval()
     folder = language.save(model, tmp_path / "model")
-    rows = [*TEXTS, {"text": "w5 w6 w7 w8 w9 w10 w11 w12", "task": "long"}, {"text": "w1", "task": "long"}]
+    rows = [
+        *TEXTS,
+        {"text": "w3 w5", "task": "odd"},
+        {"text": "w5 w6 w7 w8 w9 w10 w11 w12", "task": "long"},
+        {"text": "w1", "task": "long"},
+    ]
     found = measure("perplexity", folder, "--data", language.write(tmp_path / "texts.jsonl", rows), "--each")
     expected = []
     for row in rows[:-1]:
@@ -185,7 +190,7 @@ def test_perplexity_is_that_of_each_text_by_itself(tmp_path: Path, measure: Call
     )
     mean = sum(n * loss for n, loss in expected) / sum(n for n, _ in expected)
     assert found["figures"]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
-    assert found["figures"]["tokens"] == 7 * 4 + 7
+    assert found["figures"]["tokens"] == 7 * 4 + 1 + 7
     assert found["figures"]["task.long"] == pytest.approx(math.exp(expected[-1][1]), rel=1e-5)
     assert found["tasks"]["long"]["rows"] == 1
 

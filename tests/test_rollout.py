@@ -315,6 +315,21 @@ def test_what_a_person_went_back_to_stays(fleet: Fleet) -> None:
     assert fleet.states() == ["wrong", "confirmed", "confirmed"]
 
 
+def test_who_takes_all_is_not_told_any_more_of_what_was_gone_back_from(fleet: Fleet) -> None:
+    """A version that it cannot serve does not stand in the way of the one that was gone back to."""
+    for server in fleet.servers:
+        server.takes_all = True
+    fleet.take("one")
+    fleet.servers[0].away = True
+    fleet.take("two")
+    fleet.merge.ledger.ask("rollback", {"version": 1})
+    operations.work_off(fleet.merge, operations.VERBS)
+    fleet.servers[0].away, fleet.servers[0].refuses = False, {2}
+    fleet.roll()
+    assert fleet.versions == [1, 1, 1]
+    assert fleet.states() == ["confirmed"] * 3
+
+
 def test_a_retraction_that_is_served_wrong_is_undone_and_held(fleet: Fleet) -> None:
     """Nothing was folded that could be set aside: a person is to look, and what was served is served."""
     fleet.take("one")

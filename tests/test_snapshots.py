@@ -348,10 +348,10 @@ def test_nothing_that_must_stay_is_collectable(
     paths = {v: store.snapshots / snapshots.folder_name(v, f"{v:064d}"[::-1]) for v in versions}
     for path in paths.values():
         path.mkdir()
-    always = [paths[v] for v in wanted & versions]
+    always, numbers = [paths[v] for v in wanted & versions if v % 2], {v for v in wanted if v % 2 == 0}
     newest = sorted(versions, reverse=True)[:keep]
     expected = [paths[v] for v in sorted(versions) if v not in newest and v not in wanted]
-    assert snapshots.collectable(store, keep=keep, keep_always=always) == expected
+    assert snapshots.collectable(store, keep=keep, keep_always=always, versions=numbers) == expected
 
 
 def test_a_version_can_be_removed_twice(store: Store) -> None:

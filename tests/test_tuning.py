@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merges import opened, states, turn, weights_of, work_off
 
-from streammerge import halves, linesearch, recovery, tuning
+from streammerge import halves, linesearch, recovery, snapshots, tuning
 from streammerge.config import Config
 from streammerge.config.tuning import TuneSection
 
@@ -102,6 +102,7 @@ def test_the_scale_that_the_rows_like_is_chosen(base: dict[str, Tensor], tmp_pat
         assert sorted(p.name for p in head.model.iterdir()) == sorted(p.name for p in plain.model.iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_again_gives_the_same_version(base: dict[str, Tensor], tmp_path: Path) -> None:
     """Manifest and bytes do not depend on when or where it was tuned."""
     rows(tmp_path, published(tmp_path, base), 1.3)
@@ -142,7 +143,7 @@ def test_what_only_one_half_likes_is_not_taken(base: dict[str, Tensor], tmp_path
     ("lines", "keys", "why"),
     [
         ("raise SystemExit(3)", {}, "not measured: failed"),
-        ("print('{}')", {}, "not measured: no losses"),
+        pytest.param("print('{}')", {}, "not measured: no losses", marks=pytest.mark.slow),
         ("print('{\"losses\": [1, 2]}')", {}, "not measured: no losses"),
         ("import time; time.sleep(60)", {"timeout": "1s"}, "not measured: failed"),
         ("import time; time.sleep(0.4)" + MEASURE, {"time": "1s"}, "not measured: time"),
@@ -180,6 +181,7 @@ def test_a_program_that_says_later_is_asked_later(base: dict[str, Tensor], tmp_p
         assert merge.head.manifest["tuning"]["accepted"]
 
 
+@pytest.mark.slow
 def test_the_level_of_a_cap_is_tuned(base: dict[str, Tensor], tmp_path: Path) -> None:
     """kappa where the cap is fixed: the search moves it, and the model follows."""
     published(tmp_path, base)
@@ -254,10 +256,10 @@ def test_the_search_goes_on_where_there_is_no_value() -> None:
 
 def test_a_gain_is_told_from_chance() -> None:
     """The mean difference row by row, and its standard error."""
-    gain, error = tuning.gain_of([1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 2.5, 3.0])
+    gain, error = tuning.gain_of([(1.0, [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 2.5, 3.0])])
     assert gain == 0.75
     assert error == pytest.approx(math.sqrt(1 / 12) / 2)
-    assert tuning.gain_of([1.0, math.nan], [0.0, 0.0])[0] == -math.inf
+    assert tuning.gain_of([(1.0, [1.0, math.nan], [0.0, 0.0])])[0] == -math.inf
 
 
 def test_every_key_of_tune_is_documented_with_its_default() -> None:
@@ -279,6 +281,7 @@ def test_every_key_of_tune_is_documented_with_its_default() -> None:
         assert getattr(TuneSection.model_validate(as_given), key) == field.default, key
 
 
+@pytest.mark.slow
 def test_show_prints_what_was_tried(base: dict[str, Tensor], tmp_path: Path) -> None:
     """`streammerge show` says what was chosen, why, and every point."""
     site = Site(tmp_path / "site")
@@ -290,3 +293,67 @@ def test_show_prints_what_was_tried(base: dict[str, Tensor], tmp_path: Path) -> 
     said = site.run("show", "head").stdout
     assert f"tuned: scale {account['best']}, better on the half that it was not chosen by" in said
     assert all(str(value) in said for value, _ in account["points"])
+
+
+def test_how_much_of_the_old_and_of_the_new_is_served_is_chosen(
+    base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Two shares, by the rows of the old tasks and of the new one; the state does not know of them."""
+    lengths = {}
+    for name, weight, seed in (("a", models.NORM, 1), ("b", models.BIAS, 2)):
+        tensors = models.make_fine_tune(tmp_path / "fine-tunes" / name, base, seed=seed, only=(weight,))
+        lengths[weight] = float((tensors[weight] - base[weight]).norm())
+    wanted = {models.NORM: ("elsewhere", 1.3), models.BIAS: ("b", 0.7)}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"row": n, "task": task, "weight": w, "unit": lengths[w], "wanted": much}) + "\n"
+            for n in range(40)
+            for w, (task, much) in wanted.items()
+        )
+    )
+    lines = MEASURE.replace("length = math.dist(load(model), load(base))\n", "").replace(
+        "name = ", "names = "
+    ).replace("def load(folder):", "def load(folder, name):").replace(
+        "(length / row", '(math.dist(load(model, row["weight"]), load(base, row["weight"])) / row'
+    ).replace("** 2", "** 2 + 0.01")  # fmt: skip
+    keys = tune(tmp_path, lines, kind="pareto", evaluations=11)
+    whole: dict[str, Any] = {"method": "task_arithmetic", "knobs": {"scale": 1.0}}
+    with opened(tmp_path, "plain", **whole) as merge:
+        work_off(merge)
+        plain = merge.head
+    with opened(tmp_path, "store", **{**keys, **whole}) as merge:
+        work_off(merge)
+        first, account = snapshots.by_version(merge.store, 1), merge.head.manifest["tuning"]
+        assert first is not None
+        assert "tuning" not in snapshots.read(first).manifest  # nothing old to weigh against
+        assert account["accepted"]
+        a, b = account["best"]
+        assert (a, b) == (pytest.approx(1.3, abs=0.03), pytest.approx(0.7, abs=0.03))
+        assert len(account["points"]) == 9
+        assert account["points"][0][:2] == account["default"] == [1.0, 1.0]
+        served, found = models.load(merge.head.model), models.load(plain.model)
+        for weight, share in ((models.NORM, a), (models.BIAS, b)):
+            ours, theirs = served[weight] - base[weight], found[weight] - base[weight]
+            assert ours == pytest.approx(share * theirs, abs=1e-6)
+        assert {n: h for n, h in weights_of(merge).items() if n.startswith("state/")} == {
+            n: f["sha256"] for n, f in plain.manifest["files"].items() if n.startswith("state/")
+        }
+
+
+def test_without_rows_of_the_new_fine_tune_nothing_is_weighed(
+    base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Rows that name no new fine-tune cannot say what it is worth: the version is as configured."""
+    unit = published(tmp_path, base)
+    published(tmp_path, base, "b", seed=2)
+    rows(tmp_path, unit, 1.4)
+    with opened(tmp_path, "store", **tune(tmp_path, kind="pareto")) as merge:
+        work_off(merge)
+        assert merge.head.version == 2
+        assert merge.head.manifest["tuning"]["why"] == "not measured: no rows"
+    places = {"base": tmp_path, "store": tmp_path}
+    with pytest.raises(ValueError, match="needs 8 evaluations"):
+        Config.model_validate({**places, **tune(tmp_path, kind="pareto", evaluations=7)})
+    with pytest.raises(ValueError, match="cannot render what was merged before"):
+        Config.model_validate({**places, **tune(tmp_path, kind="pareto"), "method": "pcb"})

@@ -185,9 +185,10 @@ def tuning_of(account: dict[str, Any]) -> str:
     """Write how strongly a version is rendered, what was tried, and why that was chosen."""
     chosen = account["best"] if account["accepted"] else account["default"]
     lines = [f"tuned: {account['kind']} {chosen}, {account.get('why', '')}"]
-    lines += [
-        f"  {value!s:24}{'-' if loss is None else f'{loss:.6g}'}" for value, loss in account.get("points", ())
-    ]
+    known = 2 if account["kind"] == "pareto" else 1
+    for point in account.get("points", ()):
+        losses = ["-" if loss is None else f"{loss:.6g}" for loss in point[known:]]
+        lines.append(f"  {' '.join(map(str, point[:known])):24}{' '.join(losses)}")
     if held := account.get("held_out"):
         lines.append("  held out: " + ", ".join(f"{key} {value}" for key, value in held.items()))
     return "\n".join(lines)

@@ -169,6 +169,8 @@ class Config(Section):
     def _what_is_tuned_is_there(self) -> Config:
         if self.tune and self.tune.kind == "cap" and self.finalize.cap is None:
             raise ValueError("tune.kind cap needs finalize.cap")
+        if self.tune and self.tune.kind == "pareto" and self.method in ("pcb", "iso_cts"):
+            raise ValueError(f"tune.kind pareto: {self.method} cannot render what was merged before")
         return self
 
     @model_validator(mode="after")

@@ -10,12 +10,18 @@ from pydantic import Field, model_validator
 from streammerge.config.section import Section, Word
 from streammerge.quantities import Duration, Size
 
+FEWEST_OF_PARETO = 8  # six determine two quadratic functions, two judge
+
 
 class TuneSection(Section):
     """Choose how strongly a version is rendered, by log-loss on rows of yours."""
 
-    kind: Literal["scale", "cap"] = Field(
-        description="scale: finalize.scale; cap: finalize.cap's strength, or kappa at level fixed"
+    kind: Literal["scale", "cap", "pareto"] = Field(
+        description="scale: finalize.scale; cap: finalize.cap's strength, or kappa at level fixed; "
+        "pareto: shares of what was merged before and of what is new"
+    )
+    prefer: float = Field(
+        default=0.5, ge=0, le=1, description="pareto: what the old tasks count, against the new one"
     )
     data: Path = Field(description="the rows, one JSON object a line; split in two by each row's digest")
     measure: Literal["perplexity", "accuracy", "command"] = Field(
@@ -49,4 +55,6 @@ class TuneSection(Section):
     def _has_a_program_or_none(self) -> Self:
         if bool(self.argv) != (self.measure == "command"):
             raise ValueError("argv goes with measure: command, and that needs it")
+        if self.kind == "pareto" and self.evaluations < FEWEST_OF_PARETO:
+            raise ValueError(f"kind pareto needs {FEWEST_OF_PARETO} evaluations or more")
         return self

@@ -80,14 +80,15 @@ class Bench:
     def recall(self, version: int, gate: GateSection) -> Measurement | None:
         """Give what was measured of a version, if it would be the same now."""
         found, key = self.ledger.measured(version).get(gate.name, {}), fingerprint(gate)
-        if not key or found.get("fingerprint") != key:
+        if not key or found.get("fingerprint") != key or not found["figures"]:
             return None
-        return Measurement({name: math.nan if v is None else v for name, v in found["figures"].items()})
+        figures = {name: math.nan if value is None else value for name, value in found["figures"].items()}
+        return Measurement(figures, found["notes"])
 
     def keep(self, version: int, gate: GateSection, measured: Measurement, **more: object) -> None:
         """Write down what was measured of a version."""
-        figures = {name: value if math.isfinite(value) else None for name, value in measured.figures.items()}
-        found = {"fingerprint": fingerprint(gate), "figures": figures, "notes": dict(measured.notes), **more}
+        figures, notes = plain(measured.figures), dict(measured.notes)
+        found = {"fingerprint": fingerprint(gate), "figures": figures, "notes": notes, **more}
         with suppress(Unable):  # measured again then, where it is wanted; the verdict has its own ways
             self.ledger.keep_measured(version, gate.name, found)
 
@@ -98,6 +99,11 @@ class Verdict:
 
     reasons: tuple[str, ...] = ()
     figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def plain(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Write figures as JSON can say them."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def require(gates: Sequence[GateSection]) -> None:
@@ -136,7 +142,7 @@ def check(
             version=snapshots.number(candidate),
             verdict=said[0],
             reasons=reasons,
-            figures=found[gate.name],
+            figures=plain(found[gate.name]),
         )
         if reasons:
             return Verdict(tuple(f"gate {gate.name}: {reason}" for reason in reasons), found)

@@ -13,6 +13,7 @@ from streammerge import snapshots
 from streammerge.config.gates import Limit
 from streammerge.errors import Refused
 from streammerge.headers import find
+from streammerge.linalg import dot32
 from streammerge.measuring import Measurement
 from streammerge.weights import Weights, element_panels
 
@@ -84,9 +85,10 @@ def _moved(name: str, ours: Weights, theirs: Weights, beat: Callable[[], None]) 
     """Read one weight of both models, panel by panel."""
     found = Moved()
     for start, stop in element_panels(ours.entries[name].elements):
-        new, old = ours.read(name, start, stop).double(), theirs.read(name, start, stop).double()
-        found.add(
-            Moved(float((new - old).square().sum()), float(old.square().sum()), int((~new.isfinite()).sum()))
-        )
+        new, old = ours.read(name, start, stop).float(), theirs.read(name, start, stop).float()
+        step = new - old
+        change = dot32(step, step)
+        sick = 0 if math.isfinite(change) else int((~new.isfinite()).sum())
+        found.add(Moved(change, dot32(old, old), sick))
         beat()
     return found

@@ -161,6 +161,14 @@ def unheard(site: Site) -> None:
     time.sleep(SETTLED)
 
 
+def doubted(site: Site) -> None:
+    """A target serves every version wrong in which b is."""
+    script = """! grep -q '"name": "b"' "$STREAMMERGE_SNAPSHOT/manifest.json\""""
+    site.configure(
+        targets=[{"name": "first", "type": "exec", "argv": ["true"], "probe": {"argv": ["sh", "-c", script]}}]
+    )
+
+
 FOLDED = dict.fromkeys(NAMES, "folded")
 
 OPERATIONS = (
@@ -237,4 +245,8 @@ OPERATIONS = (
         {"grace": "0s", "keep": 1, "targets": []}, lay=work_off, begin=publish("a", "b"),
     ),
     Operation("two targets are told", NAMES, FOLDED, begin=unheard),
+    Operation(
+        "taken back", ("a",), {"a": "folded", "b": "quarantined"},
+        lay=after(one_by_one("a"), doubted), begin=publish("b"),
+    ),
 )  # fmt: skip

@@ -104,7 +104,8 @@ class Fleet:
         self.servers: dict[str, ModelServer] = {
             "sglang": SglangServer(base), "vllm": VllmServer(base), "triton": triton,
         }  # fmt: skip
-        self.site.configure(targets=[self.section(kind) for kind in KINDS])
+        drift = {"name": "drift", "type": "drift", "limits": {"finite": {"min": 1}, "change": {"max": 2}}}
+        self.site.configure(gates=[drift], targets=[self.section(kind) for kind in KINDS])
         self.stack = ExitStack()
         for server in self.servers.values():
             self.stack.enter_context(server)
