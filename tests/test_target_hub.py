@@ -422,7 +422,7 @@ def test_what_the_daemon_publishes_never_comes_back(tmp_path: Path, hub: DevHub)
         until(
             lambda: daemon.metric(TOLD, target="public", result="ok") == len(versions), "both are published"
         )
-    assert site.run("targets", "test").stdout == "public: confirmed\n"
+    assert "public  confirmed" in site.run("targets", "test").stdout
     names = [
         commit.title.split()[1] for commit in hub.store.get(REPO).history(hub.store.get(REPO).find("main"))
     ]

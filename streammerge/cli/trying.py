@@ -79,13 +79,12 @@ def try_targets(config: ConfigOption = None, *, as_json: JsonOption = False) -> 
     if as_json:
         print_json(found)
     else:
-        print_table(
-            ("target", "state", "serves", "error"),
-            [(t["name"], t["state"], t["serves"], t["error"]) for t in found],
-        )
+        print_table(("target", "state", "serves"), [(t["name"], t["state"], t["serves"]) for t in found])
         for entry in found:
+            if entry["error"]:
+                out.print(f"{entry['name']}: {escape(entry['error'])}", soft_wrap=True)
             if entry["hint"]:
-                out.print(f"  {entry['name']}: hint: {escape(entry['hint'])}", soft_wrap=True)
+                out.print(f"  hint: {escape(entry['hint'])}", soft_wrap=True)
     if any(entry["error"] for entry in found):
         raise typer.Exit(75)
 
