@@ -6,6 +6,7 @@ by one rename. Telling is `rollout`'s.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import structlog
@@ -78,12 +79,11 @@ def within_reach(merge: Merge) -> list[str]:
 def verified(merge: Merge) -> list[int]:
     """List the versions that every serving target within reach has served, newest first: the newest few."""
     names = within_reach(merge)
-    marks = ", ".join("?" for _ in names)
     found = merge.ledger.tuples(
         "select version from outbox indexed by outbox_confirmed "
-        f"where confirmed_at is not null and target in ({marks}) "
+        "where confirmed_at is not null and target in (select value from json_each(?)) "
         "group by version having count(distinct target) = ? order by version desc limit ?",
-        *names, len(names), LOOKED_BACK,
+        json.dumps(names), len(names), LOOKED_BACK,
     )  # fmt: skip
     return [version for (version,) in found]
 
