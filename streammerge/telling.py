@@ -87,7 +87,7 @@ def put_off(merge: Merge, target: Target, row: Row, why: TryAgain) -> None:
     wait = min(FIRST_RETRY_SECONDS * 2 ** min(row["attempts"], 16), LONGEST_RETRY_SECONDS)
     is_wrong = isinstance(why, AnsweredWrong)
     merge.ledger.write(
-        "update outbox set attempts = attempts + 1, wrong = iif(?, wrong + 1, 0), next_try_at = ?, error = ? "
+        "update outbox set attempts = attempts + 1, wrong = (wrong + 1) * ?, next_try_at = ?, error = ? "
         "where id = ?",
         is_wrong, now() + wait, why.message, row["id"],
     )  # fmt: skip

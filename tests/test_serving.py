@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from daemons import Daemon, Site, until
+from faults import serving
 from places import ASKS
 from servers.inbox import Inbox
 from servers.sglang import SglangServer
@@ -99,3 +100,10 @@ def test_every_server_ends_on_what_is_current_and_right(fleet: Fleet) -> None:
         until(lambda: len(fleet.events) == 5, "all events")
     assert fleet.events == [(0, "first"), (1, "fold"), (2, "fold"), (1, "answered-wrong"), (3, "fold")]
     assert json.loads(fleet.inbox.got[0].body)["source"] == site.store.as_uri()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_fault_of_a_server_ends_well(tmp_path: Path) -> None:
+    """Each fault at one server or another: all end on one verified version, and nothing false is claimed."""
+    assert serving.measure(tmp_path, "short").differences == []
