@@ -5,6 +5,7 @@ Each way is one row, one log line and the metrics; why it goes there was decided
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -63,7 +64,7 @@ def set_aside(merge: Merge, row: Row, state: str, why: Refused) -> None:
         hint=why.hint,
         figures=merge.ledger.values_of(row["digest"]),
     )
-    remove_fetched(merge, row)
+    merge.ledger.afterwards(partial(remove_fetched, merge, row))
 
 
 def start_again(merge: Merge, row: Row, *, approved: int) -> None:

@@ -164,6 +164,7 @@ class Ledger:
         """Open the ledger; the writer creates it and brings its tables up to date."""
         self._lock = threading.RLock()
         self._path, self._depth, self._is_quiet = path, 0, False
+        self._left: list[Callable[[], None]] = []
         try:
             with _in_our_words(path):
                 self._open(read_only=read_only)
@@ -220,7 +221,7 @@ class Ledger:
     def transaction(self) -> Iterator[None]:
         """All changes inside become durable together, or none does. May be nested.
 
-        A full disk is NoSpace, a failing one DiskFails.
+        A full disk is NoSpace, a failing one DiskFails. What was left for `afterwards` is done then.
         """
         with self._lock, _in_our_words(self._path):
             if self._depth:
@@ -233,12 +234,24 @@ class Ledger:
             try:
                 yield
                 self._db.execute("commit")
+                left = [*self._left]
             except BaseException:
                 if self._db.in_transaction:  # SQLite may have rolled back by itself
                     self._db.execute("rollback")
                 raise
             finally:
                 self._depth = 0
+                self._left.clear()
+        for work in left:
+            work()
+
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Do something once all that was written is durable: after this transaction, else at once."""
+        with self._lock:  # no other thread is in a transaction now
+            if self._depth:
+                self._left.append(work)
+                return
+        work()
 
     def rows(self, query: str, *values: object) -> list[Row]:
         """Read rows as dicts."""
