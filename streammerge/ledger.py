@@ -111,7 +111,6 @@ create table served (
 """
 
 MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES, M004_INDEXES, M005_SERVED)
-WITH_FIGURES = 3  # an older ledger that is only read has none
 SAMPLES_AT_ONCE = 256
 
 
@@ -196,10 +195,19 @@ class Ledger:
         self._db.row_factory = sqlite3.Row
 
     def _connect_for_reading(self) -> None:
-        """A database that was closed cleanly has no -wal file; SQLite would make one without `immutable`."""
+        """A database that was closed cleanly has no -wal file; SQLite would make one without `immutable`.
+
+        One that lacks tables of this release, older or killed while it was made, is read from a copy in
+        memory that has them.
+        """
         self._is_quiet = not self._wal.exists()
         quiet = "&immutable=1" if self._is_quiet else ""
         self._connect(f"{self._path.absolute().as_uri()}?mode=ro{quiet}")
+        if 0 < self._version() < len(MIGRATIONS):
+            with closing(self._db) as older:
+                self._connect(":memory:")
+                older.backup(self._db)
+            self._migrate()
 
     @property
     def _wal(self) -> Path:
@@ -367,8 +375,6 @@ class Ledger:
 
     def figures(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Give all figures by the digest of the content."""
-        if self._version() < WITH_FIGURES:
-            return {}
         return {
             row["digest"]: json.loads(row["found"]) for row in self.rows("select digest, found from figures")
         }

@@ -320,13 +320,14 @@ def test_a_sample_is_the_same_in_panels_and_of_factors() -> None:
 
 
 def test_a_ledger_of_an_earlier_release_gets_its_figures(tmp_path: Path) -> None:
-    """An older ledger that is only read has no figures; the writer makes room for them."""
+    """An older ledger that is only read has no figures, nor what came later; the writer makes room."""
     path = tmp_path / "ledger.db"
     old = sqlite3.connect(path)
     old.executescript(f"{M001_FIRST} {M002_MARKS} pragma user_version = 2;")
     old.close()
     reader = Ledger(path, read_only=True)
     assert reader.figures() == {}
+    assert (reader.served("server"), reader.measured(0)) == (None, {})
     reader.close()
     writer = Ledger(path)
     writer.announce("team", "one", "r1", state="pending")
