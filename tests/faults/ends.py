@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from daemons import Facts, Site
 
-VARYING = re.compile(r"_at$|^at$|^attempts$|^fingerprint$")
+VARYING = re.compile(r"_at$|^at$|^attempts$|^wrong$|^fingerprint$")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ SAID_EVERY = 50  # calls
 AGAIN = 3  # how often the same command may have to be typed
 ALLOWED = (0, 75)  # it worked all the same; try again
 TABLES = ("fine_tunes", "snapshots", "promotions", "outbox", "denied", "facts", "sightings")
-OWN = re.compile(r"_at$|^at$|^attempts$|^id$|^promotion$|^error$")  # of the way, not of the end
+OWN = re.compile(r"_at$|^at$|^attempts$|^wrong$|^id$|^promotion$|^error$")  # of the way, not of the end
 SINCE = re.compile(r', "since": [0-9.]+')
 
 
