@@ -56,6 +56,7 @@ RUNS = (
         ("--gib", "0.01", "--hidden", "128", "--fine-tunes", "3"),
     ),
     Run("thresholds", ("--gib", "0.25"), ("--gib", "0.05")),
+    Run("promotion"),
     Run("gpu"),
 )
 

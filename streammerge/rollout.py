@@ -56,14 +56,12 @@ def tell_next(
     if (until := max(row["next_try_at"], held_back(merge, targets, target, row, beat))) > now():
         return float(until)
     try:
-        if not telling.attempt(merge, target, row, beat):
-            return float((next_row(merge, target.name) or row)["next_try_at"])
+        is_settled = telling.attempt(merge, target, row, beat)
     except AnsweredWrong as exc:
-        if not takeback.doubt(merge, target, row, exc, beat):
-            return float((next_row(merge, target.name) or row)["next_try_at"])
+        is_settled = takeback.doubt(merge, target, row, exc, beat)
     else:
         takeback.acquit(merge, row)
-    return None
+    return None if is_settled else float((next_row(merge, target.name) or row)["next_try_at"])
 
 
 def next_row(merge: Merge, target: str) -> Row | None:
