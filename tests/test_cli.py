@@ -113,6 +113,7 @@ def test_reading_creates_nothing(made: Site) -> None:
     assert listing(made.root) == before
 
 
+@pytest.mark.slow
 def test_reading_beside_a_daemon_creates_nothing(tmp_path: Path, made: Site) -> None:
     """While a daemon writes, the same holds, and what it has just written is read."""
     site = made.copy(tmp_path / "site")

@@ -289,6 +289,7 @@ echo '{"mean": 0.9}'
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_hangs_floods_or_dies_hurts_nobody(tmp_path: Path) -> None:
     """The daemon is ready all the while; each is set aside with what happened, and the queue goes on."""
     site = Site(tmp_path / "site")

@@ -124,7 +124,13 @@ def bound() -> float:
     return BOUND_MIB + BOUND_WEIGHTS * ROWS * COLUMNS * 4 / MIB
 
 
-@pytest.mark.parametrize("make", [None, make_adapters], ids=["full weights", "adapters"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(None, id="full weights"),
+        pytest.param(make_adapters, id="adapters", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fold_takes_what_its_largest_weight_takes(
     make: Callable[[Path, int, int], None] | None, tmp_path: Path
 ) -> None:
