@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
-LOOKED_BACK = 16
+LOOKED_BACK = 16  # versions: what is older is seldom on disk, and nothing to go back to by itself
 
 log = structlog.get_logger()
 

@@ -63,7 +63,7 @@ def undecided_until(merge: Merge) -> float:
         "select min(next_try_at) as at from outbox where state = 'pending' and wrong between 1 and ?",
         WRONG_ANSWERS,
     )
-    return float((row or {})["at"] or 0.0)
+    return float(row["at"] or 0.0) if row else 0.0
 
 
 def version_before(merge: Merge, version: int, served: Iterable[int]) -> Snapshot | None:
@@ -126,7 +126,10 @@ def reason_to_hold(count: int, suspects: Sequence[str], blame: Refused) -> str:
 
 
 def acquit(merge: Merge, row: Row) -> None:
-    """A target confirmed a version: if all have, nothing in it is suspect, and the count begins anew."""
+    """After a telling: where all within reach serve the version, nothing in it is suspect any more.
+
+    A target that could not be reached is not waited for, so this is asked after failures too.
+    """
     if row["cause"] not in GUARDED or row["version"] not in promote.verified(merge)[:1]:
         return
     if unproven := merge.ledger.fact("unproven"):
