@@ -127,15 +127,14 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
                 else "`streammerge config schema` lists all keys"
             )
         elif found["type"] == "literal_error":
-            known = re.findall(r"'([^']*)'", found["ctx"]["expected"])
-            if nearest := difflib.get_close_matches(str(found["input"]), known, n=1):
-                hints.append(f"did you mean {nearest[0]}?")
+            hints += _nearest(found["input"], found["ctx"]["expected"])
         elif found["type"] == "missing":
             message = "is missing"
         elif found["type"] == "union_tag_not_found":
             message = "needs a type, for example type: directory"
         elif found["type"] == "union_tag_invalid":
             message = f"type {found['ctx']['tag']!r} is none of {found['ctx']['expected_tags']}"
+            hints += _nearest(found["ctx"]["tag"], found["ctx"]["expected_tags"])
         if not key:
             lines.append(message)
         else:
@@ -144,6 +143,12 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
     return ConfigError(
         f"{path}: " + "; ".join(lines), hint="; ".join(hints) or "see config/streammerge.yaml for every key"
     )
+
+
+def _nearest(given: object, expected: str) -> list[str]:
+    """Ask whether the most alike of the quoted words in `expected` was meant; nothing where none is."""
+    known = re.findall(r"'([^']*)'", expected)
+    return [f"did you mean {word}?" for word in difflib.get_close_matches(str(given), known, n=1)]
 
 
 def _is_kind(spots: Sequence[Any], place: int) -> bool:

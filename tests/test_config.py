@@ -139,9 +139,12 @@ def test_what_is_no_configuration_is_refused(folder: Path, content: bytes) -> No
 
 
 def test_a_mistyped_choice_names_the_nearest(folder: Path) -> None:
-    """A value that is none of a key's choices comes with the one that was probably meant."""
+    """A value that is none of a key's choices comes with the one that was probably meant; so does a type."""
     failed = command("config", "check", "-c", write(folder, method="spectral_kap"), code=2)
     assert "did you mean spectral_cap?" in failed.stderr
+    target = {"name": "web", "type": "sglag", "url": "http://127.0.0.1:1"}
+    failed = command("config", "check", "-c", write(folder, targets=[target]), code=2)
+    assert "did you mean sglang?" in failed.stderr
 
 
 def test_the_command_line_says_it_and_exits_2(folder: Path) -> None:
