@@ -29,14 +29,14 @@ from streammerge.targets import open_target
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
 
 MODEL_GIB, STATE_GIB, SHARDS = 15.0, 30.0, 4
 KEEP = 3
 
 
-def open_merge(root: Path) -> Merge:
+def open_merge(root: Path) -> FoldingMerge:
     """A store whose base is one small weight, with a target that confirms at once."""
     save_file({"weight": torch.ones(8, 8, dtype=torch.bfloat16)}, root / "base.safetensors")
     config = Config.model_validate(
@@ -50,7 +50,7 @@ def open_merge(root: Path) -> Merge:
     return recovery.open_merge(config, Engine(device="cpu", threads=1), Metrics(screen.REASONS))
 
 
-def sealed(merge: Merge, version: int, gib: float) -> Snapshot:
+def sealed(merge: FoldingMerge, version: int, gib: float) -> Snapshot:
     """Seal a candidate after head whose files are as long as those of a real one."""
     building, hashes = snapshots.begin(merge.store, version), {}
     for folder, whole in (("model", MODEL_GIB), ("state", STATE_GIB)):
@@ -71,7 +71,7 @@ def sealed(merge: Merge, version: int, gib: float) -> Snapshot:
     return snapshots.seal(merge.store, building, manifest, hashes)
 
 
-def promote_one(merge: Merge, version: int, gib: float) -> dict[str, float]:
+def promote_one(merge: FoldingMerge, version: int, gib: float) -> dict[str, float]:
     """Seconds from the seal until `current` is switched, until all is tidied, until the target is told."""
     candidate = sealed(merge, version, gib)
     acceptance.record_candidate(merge, candidate)

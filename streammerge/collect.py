@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import files, methods, promote, snapshots
+from streammerge import files, promote, snapshots
 from streammerge.headers import ADAPTER_WEIGHTS
 from streammerge.ledger import now
 from streammerge.steps import reached
@@ -110,7 +110,7 @@ def collectable(merge: Merge) -> list[Path]:
 def stepping_stones(merge: Merge) -> list[Path]:
     """List the versions from which replays begin; none where a fine-tune is subtracted instead."""
     config = merge.config
-    if not config.keep_spaced or methods.removal(merge.recipe.method, merge.recipe.knobs) == "subtract":
+    if not config.keep_spaced or merge.settings.get("removal") == "subtract":
         return []
     head, marked = merge.head, merge.ledger.fact("damaged") or {}
     line = {

@@ -37,9 +37,9 @@ from streammerge import (
 )
 from streammerge.errors import ConfigError, Stopped, StreammergeError, TryAgain, Unable
 from streammerge.ledger import now
-from streammerge.merging import check_cap, check_method
 from streammerge.metrics import Metrics
 from streammerge.once import raise_if_set
+from streammerge.recipes import check_cap, check_method
 from streammerge.server import HubHook, Server, Views, make_app
 from streammerge.sources import open_source
 from streammerge.targets import open_target
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.config import Config
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.sources import Source
 
 TICK_SECONDS = 0.2
@@ -86,7 +86,7 @@ class Daemon:
         self.work_there = threading.Event()
         self.news_there = threading.Event()
         self.fatal: StreammergeError | None = None
-        self.merge: Merge | None = None
+        self.merge: FoldingMerge | None = None
         self.sources: dict[str, Source] = {}
         self.scheduler = BackgroundScheduler(
             job_defaults={"coalesce": True, "misfire_grace_time": None, "max_instances": 1}, timezone="UTC"
@@ -128,7 +128,7 @@ class Daemon:
             return
         threads = []
         try:
-            operations.work_off(self.merge, operations.VERBS)
+            operations.work_off(self.merge)
             self._take(self.config)
             threads = [
                 self._thread("worker", self._work),
@@ -397,10 +397,10 @@ class Daemon:
         merge = self._merge()
 
         def turn() -> None:
-            if operations.work_off(merge, operations.VERBS):
+            if operations.work_off(merge):
                 self.work_there.set()
                 self.news_there.set()
-            if operations.asked_for(merge, operations.HEAVY):
+            if operations.asked_for(merge, operations.FOLDING):
                 self.work_there.set()
             self.stopping.wait(TICK_SECONDS)
 
@@ -419,7 +419,7 @@ class Daemon:
                 self.stopping.wait(wait)
                 wait = min(2 * wait, aside.UNABLE_SECONDS)
 
-    def _merge(self) -> Merge:
+    def _merge(self) -> FoldingMerge:
         assert self.merge is not None
         return self.merge
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.ledger import Row
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.sources import Source
 
 
-def bring_in(merge: Merge, row: Row, source: Source) -> Path:
+def bring_in(merge: FoldingMerge, row: Row, source: Source) -> Path:
     """Step 2: fetch the files of a row into the inbox, where they are not yet; gives the folder."""
     inbox = merge.store.inbox / str(row["id"])
     if inbox.exists():
@@ -39,18 +39,18 @@ def bring_in(merge: Merge, row: Row, source: Source) -> Path:
     return inbox
 
 
-def require_room(merge: Merge, part: Path, size: int) -> None:
+def require_room(merge: FoldingMerge, part: Path, size: int) -> None:
     """Raise NoSpace unless a fine-tune of `size` bytes can be brought and then folded.
 
     What is brought must not take the room that its own fold needs: it would wait there for ever.
     """
-    store, version = merge.store.root, reports.version_bytes(merge.store.read_settings())
+    store, version = merge.store.root, reports.version_bytes(merge.settings)
     missing = max(0, size - files.tree_bytes(part))
     purpose = "fetching, and folding what is fetched,"
     machine.require_space(store, missing + version, reserve_bytes=merge.config.reserve, purpose=purpose)
 
 
-def identify(inbox: Path, row: Row, source: Source, merge: Merge) -> str:
+def identify(inbox: Path, row: Row, source: Source, merge: FoldingMerge) -> str:
     """Know a fetched fine-tune by its content; what a remote revision lacks will never be in it."""
     try:
         return weights.identity(

@@ -10,7 +10,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from streammerge import samples
 from streammerge.errors import Quarantined, Refused
 
 if TYPE_CHECKING:
@@ -90,6 +89,8 @@ class Evidence:
 
 def nearest(sample: bytes, others: Iterable[Sequence[tuple[str, bytes]]]) -> tuple[float, str] | None:
     """Find the cosine that is furthest from zero, and whose it is; `others` come some at a time."""
+    from streammerge import samples  # it computes with torch: whoever asks for reasons alone does not
+
     best: tuple[float, str] | None = None
     for part in others:
         alike = [(name, other) for name, other in part if len(other) == len(sample)]

@@ -11,7 +11,7 @@ import torch
 
 from streammerge import linalg, methods, plan, samples
 from streammerge.errors import Damaged, Refused
-from streammerge.headers import DTYPES
+from streammerge.headers import ITEM_BYTES
 from streammerge.state import NOTHING, ROLL_BACK, combine, statistics_of
 from streammerge.streams import ahead
 from streammerge.weights import element_panels
@@ -166,7 +166,7 @@ class Folding:
             for start, stop in plan.parts(entry, whole=whole):
                 original = self.passed(self.base.read(name, start, stop))
                 delta = self.arriving.read(name, start, stop)
-                self.read((stop - start) * DTYPES[entry.dtype].itemsize)
+                self.read((stop - start) * ITEM_BYTES[entry.dtype])
                 slots = shard.read(name, start, stop, whole=whole)
                 prepared = self.prepared(name) if whole else None
                 sidecar = self.arriving.sidecar(name, start, stop)

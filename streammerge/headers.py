@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from streammerge.errors import Refused, TryAgain
 
 if TYPE_CHECKING:
@@ -35,13 +33,10 @@ SMALL_BYTES = 64 << 20  # which no base is too small for
 MAX_SHARDS = 512  # each is held open
 LARGEST_SIZE = 1 << 64
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+ITEM_BYTES = {  # of the dtypes that are read, by their codes; weights.DTYPES says what torch calls them
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
+    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"})
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -351,12 +346,12 @@ def _entry(name: str, raw: object, file: int, data_start: int) -> Entry:
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if isinstance(dtype, str) and dtype in UNREAD_DTYPES:
         raise Refused("unsupported-dtype", f"{name} is stored as {dtype}", hint="publish it in bf16 or f32")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{name[:80]} has dtype {str(dtype)[:20]!r}, which streammerge does not read")
     if not _are_sizes(shape, range(MAX_DIMENSIONS + 1)) or not _are_sizes(offsets, range(2, 3)):
         raise ValueError(f"{name[:80]} has an impossible shape or offset")
     start, stop = offsets
-    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(
             f"{name} claims {stop - start:,} bytes, its shape {shape} of {dtype} needs another number"
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from streammerge.engine import Folded
     from streammerge.folding import Measured
     from streammerge.ledger import Row
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
 
 log = structlog.get_logger()
 
@@ -29,7 +29,7 @@ class Changed(TryAgain):
 
 
 def judge(
-    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, found: Folded
+    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, found: Folded
 ) -> None:
     """Raise Refused or Quarantined for a fine-tune that is not to go in; its files are still open.
 
@@ -43,7 +43,7 @@ def judge(
 
 
 def _weigh(
-    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, measured: Measured
+    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, measured: Measured
 ) -> None:
     """Write down its figures, and raise where one of them, or its length, speaks against it."""
     limits = merge.config.screens
@@ -75,7 +75,7 @@ def _weigh(
 
 
 def _nearest(
-    merge: Merge, row: Row, folded: Iterable[dict[str, Any]], sample: bytes
+    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], sample: bytes
 ) -> tuple[float, str] | None:
     """Find what is most alike of what is folded, by the name that a person knows; not its own revisions."""
     entries = {

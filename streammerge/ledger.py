@@ -17,7 +17,7 @@ from streammerge import machine
 from streammerge.errors import ConfigError, Damaged, DiskFails, NoSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 FINE_TUNE_STATES = (
@@ -357,6 +357,13 @@ class Ledger:
         marks = ", ".join("?" for _ in states)
         where = f"where state in ({marks})" if states else ""
         return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
+
+    def fine_tune(self, entry: Mapping[str, Any]) -> Row | None:
+        """Read the row of a fine-tune as a manifest names it."""
+        return self.row(
+            "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
+            entry["source"], entry["name"], entry["revision"],
+        )  # fmt: skip
 
     def numbers(self, *states: str) -> set[str]:
         """Give the ids of fine-tunes in these states, as the inbox names their folders."""

@@ -28,8 +28,8 @@ from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
-from streammerge.merging import added_globs, check_lines, check_method, open_base_headers
 from streammerge.methods import Totals
+from streammerge.recipes import added_globs, check_lines, check_method, open_base_headers
 from streammerge.reports import full_store
 from streammerge.state import State
 

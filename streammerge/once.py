@@ -1,7 +1,4 @@
-"""Work without a daemon: `run --once`, and a person's command when no daemon runs.
-
-The store's lock is held throughout.
-"""
+"""Work without a daemon: `run --once`. The store's lock is held throughout."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ from streammerge import (
     operations,
     reconcile,
     recovery,
+    retracting,
     rollout,
     screen,
     takeback,
     turns,
 )
-from streammerge.engine import Engine
 from streammerge.errors import Stopped, TryAgain
 from streammerge.ledger import now
 from streammerge.metrics import Metrics
@@ -37,11 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from streammerge.config import Config
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.sources import Source
     from streammerge.targets import Target
 
-EVERY_VERB = (*operations.VERBS, *operations.HEAVY)
 ROUNDS = 5  # how often a remote source is asked again for what it did not tell
 
 log = structlog.get_logger()
@@ -72,7 +68,8 @@ def run_once(config: Config) -> None:
         merge = recovery.open_merge(config, engine, metrics)
         try:
             turns.check_served(merge)
-            operations.work_off(merge, EVERY_VERB)
+            operations.work_off(merge)
+            retracting.work_off(merge)
             sources = {part.name: open_source(part, config, beat) for part in config.sources}
             reconcile.drop_sources(merge, sources)
             failures = look_until_settled(merge, sources, beat)
@@ -89,24 +86,8 @@ def run_once(config: Config) -> None:
         raise TryAgain("; ".join(failures), hint="run it again later")
 
 
-def obey_once(config: Config, *, forgiving: bool = False) -> None:
-    """Execute the commands in the ledger without a daemon, and tell the targets once.
-
-    The caller holds the lock.
-    """
-    metrics = Metrics(screen.REASONS)
-    metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
-    engine = Engine(device="cpu", threads=config.threads)
-    merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
-    try:
-        operations.work_off(merge, EVERY_VERB)
-        rollout.deliver(merge, [open_target(part, config) for part in config.targets])
-    finally:
-        merge.ledger.close()
-
-
 def fold_and_tell(
-    merge: Merge, sources: dict[str, Source], targets: Sequence[Target], beat: Callable[[], None]
+    merge: FoldingMerge, sources: dict[str, Source], targets: Sequence[Target], beat: Callable[[], None]
 ) -> None:
     """Fold what is ready and tell the targets; and again what a version that was taken back left over."""
     before = None
@@ -133,7 +114,9 @@ def wait_until(deadline: float, beat: Callable[[], None]) -> None:
         time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
 
 
-def look_until_settled(merge: Merge, sources: dict[str, Source], beat: Callable[[], None]) -> list[str]:
+def look_until_settled(
+    merge: FoldingMerge, sources: dict[str, Source], beat: Callable[[], None]
+) -> list[str]:
     """Look at every source until none says that it will know more soon; gives what failed."""
     failures = []
     for name, source in sources.items():

@@ -1,30 +1,20 @@
-"""What a person may ask of a store: roll back, retract, hold, resume, approve, reject, retry, collect.
+"""What a person may ask of a store: roll back, hold, resume, approve, reject, retry, collect.
 
 Each is a row in the ledger first, executed by whoever holds the lock: the running daemon, or the command
-itself. None waits for a running fold but retract, which is one.
+itself. None waits for a running fold, nor for torch to be imported; to retract, which folds, is `retracting`.
 """
 
 from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
-from streammerge import (
-    acceptance,
-    collect,
-    figures,
-    pipeline,
-    promote,
-    reports,
-    reversal,
-    snapshots,
-    unfinished,
-)
+from streammerge import collect, figures, promote, reports, reversal, snapshots, unfinished
 from streammerge.aside import start_again
-from streammerge.errors import Damaged, DiskFails, NoSpace, Stopped, StreammergeError, TryAgain
+from streammerge.errors import Damaged, DiskFails, NoSpace, Stopped, StreammergeError
 from streammerge.ledger import now
 from streammerge.steps import reached
 
@@ -35,7 +25,8 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
-ATTEMPTS = 3
+    M = TypeVar("M", bound=Merge)
+
 RETRIED = ("refused", "quarantined", "gone", "ignored")
 APPROVED = (*RETRIED, "awaiting_approval", "denied", "pending", "retracted")
 
@@ -47,14 +38,19 @@ def asked_for(merge: Merge, verbs: Collection[str]) -> list[Row]:
     return [row for row in merge.ledger.asked() if row["verb"] in verbs]
 
 
-def work_off(merge: Merge, verbs: Collection[str]) -> int:
-    """Execute every command with one of these verbs that was asked for; gives how many."""
+def work_off(merge: Merge) -> int:
+    """Execute every command that was asked for and folds nothing; gives how many."""
+    return each(merge, VERBS, execute)
+
+
+def each(merge: M, verbs: Collection[str], carry_out: Callable[[M, Row], dict[str, Any]]) -> int:
+    """Carry out every command with one of these verbs that was asked for; gives how many."""
     if merge.unable:  # what could not be finished must not wait for a fold either
         unfinished.finish(merge)
     asked = asked_for(merge, verbs)
     for row in asked:
         try:
-            result = execute(merge, row)
+            result = carry_out(merge, row)
             log.info("command.done", verb=row["verb"], **result)
         except (Damaged, DiskFails, NoSpace, Stopped):
             raise
@@ -69,16 +65,10 @@ def work_off(merge: Merge, verbs: Collection[str]) -> int:
 def execute(merge: Merge, row: Row) -> dict[str, Any]:
     """Carry out one command and its answer in one transaction: killed anywhere, it was done once or not yet.
 
-    Collecting removes files as it goes and may be done twice, so it is no transaction; nor is what folds,
-    which says so if it was done before. `current` moves after the intent is durable, never before.
+    Collecting removes files as it goes and may be done twice, so it is no transaction. `current` moves after
+    the intent is durable, never before.
     """
     arguments = json.loads(row["arguments"])
-    if row["verb"] in HEAVY:
-        result = HEAVY[row["verb"]](merge, **arguments)
-        reached("obeyed")
-        merge.ledger.answer(row["id"], "done", result)
-        reached("answered")
-        return result
     with merge.turn:
         unfinished.finish(merge)  # a version that was accepted and not recorded is head, for a rollback too
         if row["verb"] == "gc":
@@ -205,35 +195,6 @@ def reject(merge: Merge, *, name: str) -> dict[str, Any]:
     return {"name": row["name"], "source": row["source"], "revision": row["revision"], "state": "denied"}
 
 
-def retract(merge: Merge, *, name: str) -> dict[str, Any]:
-    """Take one fine-tune out of the merge, in a new version; its content is denied under any name.
-
-    Acts during a hold, which stays. Where bytes are missing, or a gate refuses, nothing changes.
-    """
-    row = find_fine_tune(merge, name, prefer="folded")
-    answer = {"name": row["name"], "source": row["source"], "revision": row["revision"]}
-    if row["state"] == "retracted":
-        return {**answer, "version": merge.head.version, "state": "retracted"}
-    for _ in range(ATTEMPTS):
-        head = merge.head
-        places = [p for p, entry in enumerate(head.fine_tunes) if entry["digest"] == row["digest"]]
-        if not places or row["state"] != "folded":
-            raise StreammergeError(
-                f"{row['name']} is {row['state']}, not folded; nothing to retract",
-                hint="`streammerge fine-tunes` shows what is folded",
-            )
-        candidate = pipeline.without(merge, head, places)
-        if acceptance.conclude(merge, candidate, asked_for=True):
-            return {**answer, "version": candidate.version, "state": "retracted"}
-        refused = merge.ledger.snapshot(candidate.version) or {}
-        if not str(refused.get("note", "")).startswith("discarded"):
-            raise StreammergeError(
-                f"the merge without {row['name']} is refused: {refused.get('note')}",
-                hint="nothing was changed; loosen the gate's limits to take it out all the same",
-            )
-    raise TryAgain("head moved each time while the fine-tune was taken out", hint="ask again")
-
-
 def refuse_settled(row: Row, verb: str, states: tuple[str, ...]) -> None:
     """Raise for a fine-tune that is in none of `states`: what it is, and what can be done instead."""
     if row["state"] in states and row["revision"]:
@@ -267,4 +228,4 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "hold": hold, "resume": resume, "rollback": rollback,
     "approve": approve, "retry": retry, "reject": reject, "gc": gc,
 }  # fmt: skip
-HEAVY: dict[str, Callable[..., dict[str, Any]]] = {"retract": retract}  # these fold, where folding is done
+FOLDING = frozenset({"retract"})  # `retracting` executes these, where folding is done

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from streammerge.engine import Folded
     from streammerge.ledger import Row
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.replay import Entry, Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def journey(merge: Merge, rows: Sequence[Row], sources: Mapping[str, Source]) -> None:
+def journey(merge: FoldingMerge, rows: Sequence[Row], sources: Mapping[str, Source]) -> None:
     """Take pending fine-tunes as far as they go: into one served version, aside, or back for later.
 
     What is put aside has its reason recorded, and does not keep the others. Raises TryAgain where the same
@@ -58,7 +58,7 @@ def journey(merge: Merge, rows: Sequence[Row], sources: Mapping[str, Source]) ->
         conclude(merge, candidate, seconds=time.monotonic() - started)
 
 
-def brought(merge: Merge, row: Row, source: Source) -> Row | None:
+def brought(merge: FoldingMerge, row: Row, source: Source) -> Row | None:
     """Fetch one of several; None where it cannot go on with the others, which is written down."""
     with setting_aside(merge, row):
         try:
@@ -71,7 +71,7 @@ def brought(merge: Merge, row: Row, source: Source) -> Row | None:
 
 
 @contextmanager
-def setting_aside(merge: Merge, row: Row) -> Iterator[None]:
+def setting_aside(merge: FoldingMerge, row: Row) -> Iterator[None]:
     """What is refused inside is recorded with its reason; all that is logged names the fine-tune."""
     bound = {key: row[key] for key in ("source", "name", "revision")}
     with structlog.contextvars.bound_contextvars(**bound):
@@ -81,7 +81,7 @@ def setting_aside(merge: Merge, row: Row) -> Iterator[None]:
             set_aside(merge, row, "refused", exc)
 
 
-def bring(merge: Merge, row: Row, source: Source) -> None:
+def bring(merge: FoldingMerge, row: Row, source: Source) -> None:
     """Fetch one pending fine-tune and leave the rest of its journey for later.
 
     It may be decided otherwise meanwhile, by a newer revision or a person: its files go then.
@@ -96,13 +96,13 @@ def bring(merge: Merge, row: Row, source: Source) -> None:
             remove_fetched(merge, row)
 
 
-def is_overtaken(merge: Merge, row: Row) -> bool:
+def is_overtaken(merge: FoldingMerge, row: Row) -> bool:
     """Whether a fine-tune was decided on while it was fetched."""
     fresh = merge.ledger.row("select state from fine_tunes where id = ?", row["id"])
     return fresh is None or fresh["state"] in ("superseded", "gone", "denied")
 
 
-def fetch(merge: Merge, row: Row, source: Source) -> Row:
+def fetch(merge: FoldingMerge, row: Row, source: Source) -> Row:
     """Step 2: bring the files here, whole, and know them by their content."""
     inbox = bring_in(merge, row, source)
     if row["step"] == "announced":
@@ -118,7 +118,7 @@ def fetch(merge: Merge, row: Row, source: Source) -> Row:
     return row
 
 
-def fold(merge: Merge, rows: Sequence[Row]) -> Snapshot | None:
+def fold(merge: FoldingMerge, rows: Sequence[Row]) -> Snapshot | None:
     """Steps 3 to 6: screen each, fold, render and seal one candidate; None where none is to be folded now."""
     head = merge.head
     with merge.metrics.stage("fold"), machine.errors("folding", merge.store.root):
@@ -142,7 +142,7 @@ def fold(merge: Merge, rows: Sequence[Row]) -> Snapshot | None:
             return None
 
 
-def refuse_known(merge: Merge, row: Row, folded: Collection[str]) -> None:
+def refuse_known(merge: FoldingMerge, row: Row, folded: Collection[str]) -> None:
     """Raise Refused for content that is in the merge, or about to be, or was taken out."""
     others = {
         r["digest"]
@@ -152,7 +152,7 @@ def refuse_known(merge: Merge, row: Row, folded: Collection[str]) -> None:
     screen.refuse_known(row["digest"], folded={*folded, *others}, denied=merge.ledger.denied())
 
 
-def is_screened(merge: Merge, row: Row) -> bool:
+def is_screened(merge: FoldingMerge, row: Row) -> bool:
     """Step 3: raise Refused for what headers and settings show; False where a person is asked first."""
     ledger, config = merge.ledger, merge.config
     inbox = published(merge.store.inbox / str(row["id"]), row["name"])
@@ -171,7 +171,7 @@ def is_screened(merge: Merge, row: Row) -> bool:
 
 @contextmanager
 def under_construction(
-    merge: Merge, head: Snapshot, way: Way | None, purpose: str, *, steps: int
+    merge: FoldingMerge, head: Snapshot, way: Way | None, purpose: str, *, steps: int
 ) -> Iterator[tuple[int, Path]]:
     """Give a number and an empty building folder, which goes unless it is sealed; what is read stays.
 
@@ -195,7 +195,7 @@ def under_construction(
 
 
 def build(
-    merge: Merge,
+    merge: FoldingMerge,
     rows: Sequence[Row],
     head: Snapshot,
     way: Way | None,
@@ -220,7 +220,7 @@ def build(
 
 
 def fold_in(
-    merge: Merge, rows: Sequence[Row], state: State, kept: Sequence[Entry], building: Path
+    merge: FoldingMerge, rows: Sequence[Row], state: State, kept: Sequence[Entry], building: Path
 ) -> tuple[Folded | None, list[Entry]]:
     """Step 4: one after the other, each judged before the next; gives the last, and what is in it now.
 
@@ -251,7 +251,7 @@ def fold_in(
     return last, entries
 
 
-def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
+def replacement(merge: FoldingMerge, row: Row, head: Snapshot) -> Way | None:
     """Decide by `on_update` about a changed revision of a folded name: how the old one is taken out first."""
     places = [
         place
@@ -266,7 +266,7 @@ def replacement(merge: Merge, row: Row, head: Snapshot) -> Way | None:
     return replay.way_without(merge, head, places)
 
 
-def without(merge: Merge, head: Snapshot, places: Collection[int]) -> Snapshot:
+def without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Snapshot:
     """Seal a candidate that holds head's fine-tunes but those at `places`; one left by a kill will do."""
     kept = [entry for place, entry in enumerate(head.fine_tunes) if place not in places]
     if left := left_sealed(merge, head, kept):
@@ -276,7 +276,7 @@ def without(merge: Merge, head: Snapshot, places: Collection[int]) -> Snapshot:
     return along(merge, head, way, kept)
 
 
-def left_sealed(merge: Merge, head: Snapshot, entries: list[dict[str, Any]]) -> Snapshot | None:
+def left_sealed(merge: FoldingMerge, head: Snapshot, entries: list[dict[str, Any]]) -> Snapshot | None:
     """Find the undecided candidate that follows head and holds `entries`."""
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate'"):
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
@@ -286,7 +286,7 @@ def left_sealed(merge: Merge, head: Snapshot, entries: list[dict[str, Any]]) -> 
     return None
 
 
-def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]]) -> Snapshot:
+def along(merge: FoldingMerge, head: Snapshot, way: Way, entries: list[dict[str, Any]]) -> Snapshot:
     """Seal a candidate that follows head and holds `entries`, to whose state `way` leads."""
     with (
         merge.metrics.stage("fold"),
@@ -299,7 +299,7 @@ def along(merge: Merge, head: Snapshot, way: Way, entries: list[dict[str, Any]])
         return seal(merge, building, manifest, hashes)
 
 
-def next_version(merge: Merge) -> int:
+def next_version(merge: FoldingMerge) -> int:
     """Give the next number: one more than any that was ever sealed."""
     row = merge.ledger.row("select max(version) as version from snapshots")
     known = [row["version"]] if row and row["version"] is not None else []
@@ -308,12 +308,12 @@ def next_version(merge: Merge) -> int:
     return max(known, default=-1) + 1
 
 
-def require_space(merge: Merge, purpose: str, *, states: int = 1) -> None:
+def require_space(merge: FoldingMerge, purpose: str, *, states: int = 1) -> None:
     """Raise NoSpace before work that the disk cannot hold; what was only prepared, or may go, goes first.
 
     states  how many lie there at a time beside the model, and one on trial where that is tuned
     """
-    settings, reserve = merge.store.read_settings(), merge.config.reserve
+    settings, reserve = merge.settings, merge.config.reserve
     needed = reports.version_bytes(settings) + (states - 1) * int(settings["state_bytes"])
     needed += int(settings["base"]["bytes"]) if merge.config.tune else 0
     try:
@@ -326,7 +326,7 @@ def require_space(merge: Merge, purpose: str, *, states: int = 1) -> None:
         merge.unable = None
 
 
-def first_version(merge: Merge) -> None:
+def first_version(merge: FoldingMerge) -> None:
     """Seal, gate and promote the base itself as version 0."""
     require_space(merge, "writing version 0")
     with machine.errors("writing version 0", merge.store.root):

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from streammerge import methods
-from streammerge.headers import DTYPES, Entry
+from streammerge.headers import ITEM_BYTES, Entry
 from streammerge.weights import PANEL_ELEMENTS, element_panels
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def shards(base: Weights, dtype: torch.dtype | None = None) -> list[list[str]]:
     """
 
     def itemsize(entry: Entry) -> int:
-        return (dtype if dtype is not None and entry.is_floating else DTYPES[entry.dtype]).itemsize
+        return dtype.itemsize if dtype is not None and entry.is_floating else ITEM_BYTES[entry.dtype]
 
     order = sorted(base.entries.values(), key=lambda e: (e.file, -itemsize(e), e.start))
     return [[e.name for e in order if e.file == number] for number in range(len(base.set.files))]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from streammerge import linalg, methods
 from streammerge.errors import StreammergeError
-from streammerge.headers import CODES, WeightsSet
+from streammerge.headers import WeightsSet
 from streammerge.state import SlotFiles
 from streammerge.steps import reached
-from streammerge.weights import Weights, Writer
+from streammerge.weights import CODES, Weights, Writer
 
 if TYPE_CHECKING:
     from pathlib import Path

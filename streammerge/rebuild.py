@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.ledger import Ledger
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot, Store
 
 TAKEN_OVER = ("denied", "figures", "sightings", "sources")
@@ -71,7 +71,7 @@ def rebuild(
             if merge.head.fine_tunes:
                 raise ConfigError(f"store {place} holds fine-tunes already", hint="give a new folder")
             take_over(merge, old_store, old_ledger, head)
-            base_bytes = int(merge.store.read_settings()["base"]["bytes"])
+            base_bytes = int(merge.settings["base"]["bytes"])
             progress.update(
                 bar,
                 description=f"folding {len(head.fine_tunes)} fine-tunes by {method}",
@@ -110,7 +110,7 @@ def check(config: Config, method: str, place: Path) -> None:
         raise ConfigError(f"--store {place} is the store itself", hint="give a new folder")
 
 
-def take_over(merge: Merge, store: Store, ledger: Ledger, head: Snapshot) -> None:
+def take_over(merge: FoldingMerge, store: Store, ledger: Ledger, head: Snapshot) -> None:
     """Copy the account, and the files that the old store kept."""
     folded = {(entry["source"], entry["name"], entry["revision"]) for entry in head.fine_tunes}
     with merge.ledger.transaction():
@@ -124,7 +124,7 @@ def take_over(merge: Merge, store: Store, ledger: Ledger, head: Snapshot) -> Non
                 "fine_tunes", [{**row, "id": None, "state": state, "step": step, "version": None}]
             )
     for row in ledger.fine_tunes("folded"):
-        kept, new = store.inbox / str(row["id"]), replay.row_of(merge, row)
+        kept, new = store.inbox / str(row["id"]), merge.ledger.fine_tune(row)
         if new is not None and kept.is_dir() and not (merge.store.inbox / str(new["id"])).exists():
             copy_kept(kept, merge.store.inbox / str(new["id"]))
 
@@ -144,7 +144,7 @@ def copy_kept(kept: Path, inbox: Path) -> None:
     files.rename_folder(part, inbox)
 
 
-def fold_all(merge: Merge, head: Snapshot) -> dict[str, Any]:
+def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
     """Fold everything in its order into one version."""
     entries = head.fine_tunes
     if missing := [f"{e['name']} ({why})" for e in entries if (why := replay.absence_of(merge, e))]:

@@ -11,15 +11,25 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import acceptance, files, machine, methods, pipeline, promote, reports, snapshots, unfinished
-from streammerge.collect import mark_damaged, tidy_inbox
+from streammerge import (
+    acceptance,
+    files,
+    machine,
+    methods,
+    pipeline,
+    reports,
+    snapshots,
+    standing,
+    unfinished,
+)
+from streammerge.collect import tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
-from streammerge.ledger import Ledger, now
-from streammerge.merging import Merge, added_globs, check_cap, check_method, recipe_of, settings_of
+from streammerge.ledger import Ledger
 from streammerge.plan import Recipe, idle_globs
 from streammerge.prepared import Prepared
+from streammerge.recipes import FoldingMerge, added_globs, check_cap, check_method, recipe_of, settings_of
 from streammerge.steps import reached
 from streammerge.weights import Weights, identity
 
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.metrics import Metrics
-    from streammerge.snapshots import Snapshot, Store
+    from streammerge.snapshots import Store
 
 log = structlog.get_logger()
 
@@ -48,11 +58,8 @@ def engine_of(
     )
 
 
-def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: bool = False) -> Merge:
-    """Open the store for work, making it first if need be. The caller holds the lock.
-
-    `forgiving` opens a store whose head or current is damaged too: for a rollback off it, and nothing else.
-    """
+def open_merge(config: Config, engine: Engine, metrics: Metrics) -> FoldingMerge:
+    """Open the store for work, making it first if need be. The caller holds the lock."""
     check_method(config)
     store = snapshots.Store(config.store)
     if config.hub_base:
@@ -68,18 +75,19 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
         os.close(
             os.open(store.ledger, os.O_CREAT | os.O_WRONLY, 0o600)
         )  # fine-tunes' names are nobody else's business
-    merge = Merge(
-        config, store, Ledger(store.ledger), engine, metrics, recipe, float(settings["base"]["norm"]), entries
+    ledger = Ledger(store.ledger)
+    merge = FoldingMerge(
+        config, store, ledger, metrics, settings, engine=engine, recipe=recipe, base_entries=entries
     )
     check_base(merge)
-    recover(merge, forgiving=forgiving)
+    recover(merge)
     check_cap(config, merge.head)
     if not methods.load(recipe.method).WEIGHTED and any(part.weight != 1.0 for part in config.sources):
         log.warning("config.weight_ignored", method=recipe.method)
     return merge
 
 
-def check_base(merge: Merge) -> None:
+def check_base(merge: FoldingMerge) -> None:
     """Read the base again where its files are not those of the last start; another base is a ConfigError."""
     with Weights(find(merge.recipe.base)) as base:
         seen = base.stamp
@@ -162,7 +170,7 @@ def check_ledger_is_there(store: Store) -> None:
         )
 
 
-def recover(merge: Merge, *, forgiving: bool = False) -> None:
+def recover(merge: FoldingMerge) -> None:
     """Finish or remove what was under way when the last process ended."""
     store, ledger = merge.store, merge.ledger
     for name in snapshots.remove_unfinished(store):
@@ -178,19 +186,15 @@ def recover(merge: Merge, *, forgiving: bool = False) -> None:
     if not snapshots.folders(store.snapshots) and ledger.fact("head") is None:
         start_with_base(merge)
     else:
-        unfinished.accept_trailing(merge)
-        if not forgiving:
-            check_accepted(merge)
-        finish_promotion(merge)
+        standing.settle(merge)
     unfinished.record_candidates(merge)
     ledger.write(  # whoever starts it may have mended what failed
         "update fine_tunes set next_try_at = 0 where state = 'pending' and attempts > 0"
     )
     tidy_inbox(merge)
-    acceptance.refresh_merge_metrics(merge, merge.head)
 
 
-def drop_damaged(merge: Merge, *, content: bool = False) -> None:
+def drop_damaged(merge: FoldingMerge, *, content: bool = False) -> None:
     """A candidate that is not what was sealed was never official: it goes, and is made again."""
     sound = set()
     for path in snapshots.folders(merge.store.candidates):
@@ -214,7 +218,7 @@ def drop_damaged(merge: Merge, *, content: bool = False) -> None:
             merge.ledger.update_snapshot(row["version"], state="refused", note=note)
 
 
-def start_with_base(merge: Merge) -> None:
+def start_with_base(merge: FoldingMerge) -> None:
     """Go on with version 0: from its sealed candidate where there is one."""
     sealed = snapshots.folders(merge.store.candidates)
     if sealed:
@@ -222,61 +226,3 @@ def start_with_base(merge: Merge) -> None:
         acceptance.conclude(merge, snapshots.read(sealed[0]))
     else:
         pipeline.first_version(merge)
-
-
-def check_accepted(merge: Merge) -> None:
-    """Head and current must be there, whole by size, as the ledger says; older damaged ones are marked."""
-    marked = merge.ledger.fact("damaged") or {}
-    damaged = {v: why for v, why in marked.items() if snapshots.by_version(merge.store, int(v))}
-    serving = snapshots.current(merge.store)
-    for row in merge.ledger.rows(
-        "select * from snapshots where state in ('accepted', 'rolled_back') order by version"
-    ):
-        path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
-        try:
-            snapshots.check_sizes(snapshots.read(path))
-        except Damaged as exc:
-            if path.name == merge.ledger.fact("head") or (serving and path.name == serving.name):
-                raise
-            damaged[str(row["version"])] = exc.message
-    mark_damaged(merge, damaged)
-
-
-def finish_promotion(merge: Merge) -> None:
-    """Carry out an intent that was cut off; adopt a `current` that a person moved, with a hold."""
-    last = merge.ledger.last_promotion()
-    serving = snapshots.current(merge.store)
-    if last is None or last["switched_at"] is None:
-        promote.switch(merge)
-        return
-    expected = snapshots.folder_name(last["version"], last["digest"])
-    if serving is not None and serving.name == expected and serving.exists():
-        return
-    if serving is None or not serving.exists() or serving.parent != merge.store.snapshots:
-        path = snapshots.by_version(merge.store, last["version"])
-        if path is None:
-            raise Damaged(
-                f"{merge.store.current} leads nowhere and version {last['version']} is gone",
-                hint=snapshots.RESTORE,
-            )
-        log.warning("recovery.current_restored", version=last["version"])
-        snapshots.switch(merge.store, snapshots.read(path))
-        return
-    adopt(merge, snapshots.read(serving))
-
-
-def adopt(merge: Merge, chosen: Snapshot) -> None:
-    """A person pointed `current` elsewhere: that is served now, and nothing moves until they resume."""
-    ledger = merge.ledger
-    with ledger.transaction():
-        at = now()
-        number = promote.intend(merge, chosen, "adopted")
-        ledger.write("update promotions set switched_at = ? where id = ?", at, number)
-        ledger.set_fact(
-            "hold", {"why": f"`current` was moved by hand to version {chosen.version}", "since": at}
-        )
-    log.error(
-        "current.adopted",
-        version=chosen.version,
-        detail="`current` was moved by hand; held until `streammerge resume`",
-    )

@@ -15,9 +15,8 @@ import torch
 from streammerge import finalize, linalg, methods, plan
 from streammerge.arriving import Arriving
 from streammerge.errors import ConfigError, Refused
-from streammerge.headers import CODES, DTYPES
 from streammerge.state import SlotFiles, read_statistics
-from streammerge.weights import Writer
+from streammerge.weights import CODES, DTYPES, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

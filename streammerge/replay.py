@@ -27,13 +27,12 @@ from streammerge.steps import reached
 from streammerge.weights import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
     from streammerge.engine import Folded, Serve
     from streammerge.folding import Measured
-    from streammerge.ledger import Row
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
 
@@ -58,7 +57,7 @@ class Way:
         return len(self.out) + len(self.folded)
 
 
-def way_without(merge: Merge, head: Snapshot, places: Collection[int]) -> Way:
+def way_without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Way:
     """Choose how head's fine-tunes are reached without those at `places`.
 
     Raises Refused as needs-replay where bytes are missing or too many folds are needed, saying which.
@@ -82,7 +81,7 @@ def way_without(merge: Merge, head: Snapshot, places: Collection[int]) -> Way:
     )
 
 
-def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | None, int]:
+def newest_before(merge: FoldingMerge, head: Snapshot, place: int) -> tuple[Snapshot | None, int]:
     """Find the version on disk that holds most of head's first `place` fine-tunes and no other."""
     marked = merge.ledger.fact("damaged") or {}
     names = {snapshots.numbered(name): name for name in snapshots.names(merge.store.snapshots)}
@@ -95,7 +94,7 @@ def newest_before(merge: Merge, head: Snapshot, place: int) -> tuple[Snapshot | 
     return None, 0
 
 
-def problem_of(merge: Merge, way: Way) -> str:
+def problem_of(merge: FoldingMerge, way: Way) -> str:
     """Say what a way lacks, "" for nothing."""
     limit = merge.config.replay_limit
     if len(way.folded) > limit:
@@ -105,13 +104,13 @@ def problem_of(merge: Merge, way: Way) -> str:
     return f"the files of {', '.join(missing)}" if missing else ""
 
 
-def absence_of(merge: Merge, entry: Entry) -> str:
+def absence_of(merge: FoldingMerge, entry: Entry) -> str:
     """Say why a folded fine-tune's files cannot be had any more; "" where they can.
 
     What the store kept of it is read, or what its source has; a kept copy that is not what was folded gives
     way to the source's. Raises TryAgain where the source cannot be seen now.
     """
-    row = row_of(merge, entry)
+    row = merge.ledger.fine_tune(entry)
     if row is None:
         return "the ledger does not know it"
     inbox = merge.store.inbox / str(row["id"])
@@ -129,7 +128,7 @@ def absence_of(merge: Merge, entry: Entry) -> str:
     return ""
 
 
-def is_right(merge: Merge, inbox: Path, entry: Entry) -> bool:
+def is_right(merge: FoldingMerge, inbox: Path, entry: Entry) -> bool:
     """Whether a folder of the inbox holds what was folded."""
     sidecar = methods.sidecar(merge.recipe.method)
     try:
@@ -139,18 +138,18 @@ def is_right(merge: Merge, inbox: Path, entry: Entry) -> bool:
         return False
 
 
-def source_of(merge: Merge, entry: Entry) -> Source | None:
+def source_of(merge: FoldingMerge, entry: Entry) -> Source | None:
     """Open the source that a fine-tune came from, if it is still configured."""
     part = next((part for part in merge.config.sources if part.name == entry["source"]), None)
     return open_source(part, merge.config, merge.engine.beat) if part else None
 
 
-def require_kept(merge: Merge, entries: Sequence[Entry]) -> None:
+def require_kept(merge: FoldingMerge, entries: Sequence[Entry]) -> None:
     """Before a fold by a method that reads all fine-tunes again: raise TryAgain where some cannot be had."""
     if not methods.rereads(merge.recipe.method):
         return
     kept = {row["id"] for row in merge.ledger.fine_tunes() if (merge.store.inbox / str(row["id"])).is_dir()}
-    gone = [entry for entry in entries if (row_of(merge, entry) or {"id": None})["id"] not in kept]
+    gone = [entry for entry in entries if (merge.ledger.fine_tune(entry) or {"id": None})["id"] not in kept]
     if missing := [f"{entry['name']} ({why})" for entry in gone if (why := absence_of(merge, entry))]:
         raise TryAgain(
             f"{merge.recipe.method} reads every fine-tune again, and cannot have {', '.join(missing)}",
@@ -158,18 +157,10 @@ def require_kept(merge: Merge, entries: Sequence[Entry]) -> None:
         )
 
 
-def row_of(merge: Merge, entry: Mapping[str, Any]) -> Row | None:
-    """Find the ledger's row of a fine-tune in a manifest."""
-    return merge.ledger.row(
-        "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
-        entry["source"], entry["name"], entry["revision"],
-    )  # fmt: skip
-
-
 @contextmanager
-def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
+def opened(merge: FoldingMerge, entry: Entry) -> Iterator[Incoming]:
     """Open a folded fine-tune again, from the inbox or from its source at its revision."""
-    row = row_of(merge, entry)
+    row = merge.ledger.fine_tune(entry)
     if row is None:
         raise TryAgain(f"the ledger does not know {entry['name']}", hint="publish it again")
     inbox = merge.store.inbox / str(row["id"])
@@ -190,7 +181,7 @@ def opened(merge: Merge, entry: Entry) -> Iterator[Incoming]:
             files.remove_tree(inbox)
 
 
-def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
+def walk(merge: FoldingMerge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
     """Go a way: the state it leads to lies in building/`name` then.
 
     Raises TryAgain where a fine-tune's content is not what was folded, or an older version from which the
@@ -210,7 +201,7 @@ def walk(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Meas
         ) from exc
 
 
-def go(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
+def go(merge: FoldingMerge, way: Way, building: Path, name: str) -> tuple[State, Measured | None]:
     """Take out and fold in, one after the other."""
     state = merge.state_of(way.start) if way.start else State(building, {}, Totals())
     measured: Measured | None = None
@@ -226,7 +217,7 @@ def go(merge: Merge, way: Way, building: Path, name: str) -> tuple[State, Measur
 
 
 def step(
-    merge: Merge,
+    merge: FoldingMerge,
     entry: Entry,
     state: State,
     building: Path,

@@ -18,6 +18,7 @@ from streammerge.errors import ConfigError, Damaged, StreammergeError
 from streammerge.ledger import Ledger, iso
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from streammerge.config import Config
@@ -99,7 +100,7 @@ def served(store: Store) -> dict[str, Any] | None:
     return named(store, serving.name if serving else None)
 
 
-def version_bytes(settings: dict[str, Any]) -> int:
+def version_bytes(settings: Mapping[str, Any]) -> int:
     """Estimate what one version takes on disk: the model and the state."""
     return int(settings["base"]["bytes"] + settings["state_bytes"])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from streammerge import acceptance, promote, snapshots
+from streammerge import promote, snapshots
 from streammerge.errors import Damaged
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def go_back(merge: Merge, chosen: Snapshot, cause: str) -> list[Row]:
     relabel_fine_tunes(merge, chosen)
     leave_untold(merge)
     promote.intend(merge, chosen, cause)
-    acceptance.refresh_merge_metrics(merge, chosen)
     return [row for row in merge.ledger.fine_tunes("folded") if row["digest"] in removed]
 
 

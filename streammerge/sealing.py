@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from streammerge import files, methods, replay, snapshots, trials, tuning
-from streammerge.acceptance import record_candidate
 from streammerge.card import card
 from streammerge.errors import TryAgain
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
+from streammerge.recording import record_candidate
 from streammerge.rendering import Mix, Rendered
 from streammerge.steps import reached
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.folding import Measured
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.state import State
 
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 def render(
-    merge: Merge,
+    merge: FoldingMerge,
     state: State,
     folded: list[dict[str, Any]],
     parent: Snapshot | None,
@@ -64,7 +64,7 @@ def render(
             finish, model, account = tuned(merge, building, model, write, new)
         for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
             if incoming.finetune.finish() != entry["digest"]:
-                files.remove_tree(merge.store.inbox / str((replay.row_of(merge, entry) or {}).get("id")))
+                files.remove_tree(merge.store.inbox / str((merge.ledger.fine_tune(entry) or {}).get("id")))
                 raise TryAgain(
                     f"what the store kept of {entry['name']} is not what was folded",
                     hint="it is fetched from its source again",
@@ -77,7 +77,7 @@ def render(
         "parent": parent.digest if parent else None,
         "base": {"digest": recipe.base_digest, "name": recipe.base.name},
         **manifest_of(merge.engine, recipe, finish, folded, state.totals, norm, measured),
-        "added": merge.store.read_settings()["added"],
+        "added": merge.settings["added"],
         "routes": [route.model_dump() for route in recipe.routes],
         **({"tuning": account} if account else {}),
     }
@@ -92,7 +92,7 @@ def render(
 
 
 def is_tuned(
-    merge: Merge, state: State, folded: Sequence[Mapping[str, Any]], parent: Snapshot | None
+    merge: FoldingMerge, state: State, folded: Sequence[Mapping[str, Any]], parent: Snapshot | None
 ) -> bool:
     """Whether there is something to choose: a delta, and for two shares something old and something new."""
     section = merge.config.tune
@@ -108,7 +108,7 @@ def new_names(folded: Sequence[Mapping[str, Any]], parent: Snapshot | None) -> f
     return frozenset(entry["name"] for entry in folded if entry["digest"] not in known)
 
 
-def mix_of(merge: Merge, choice: tuning.Choice, parent: Snapshot | None) -> Mix | None:
+def mix_of(merge: FoldingMerge, choice: tuning.Choice, parent: Snapshot | None) -> Mix | None:
     """Give what is to be mixed; None where all of both is served."""
     if parent is None or choice.shares == tuning.UNTOUCHED:
         return None
@@ -116,7 +116,7 @@ def mix_of(merge: Merge, choice: tuning.Choice, parent: Snapshot | None) -> Mix 
 
 
 def tuned(
-    merge: Merge,
+    merge: FoldingMerge,
     building: Path,
     model: Rendered,
     write: Callable[[tuning.Choice, Path], Rendered],
@@ -135,7 +135,9 @@ def tuned(
     return found
 
 
-def seal(merge: Merge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]) -> Snapshot:
+def seal(
+    merge: FoldingMerge, building: Path, manifest: Mapping[str, Any], hashes: Mapping[str, str]
+) -> Snapshot:
     """Step 6: an immutable candidate, then its row."""
     with merge.metrics.stage("seal"):
         candidate = snapshots.seal(merge.store, building, manifest, hashes)

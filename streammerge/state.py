@@ -15,8 +15,8 @@ import torch
 
 from streammerge import linalg, machine, plan
 from streammerge.errors import Damaged, Refused
-from streammerge.headers import CODES, Incomplete, WeightsSet
-from streammerge.weights import Weights, Writer
+from streammerge.headers import Incomplete, WeightsSet
+from streammerge.weights import CODES, Weights, Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

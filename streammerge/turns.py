@@ -5,6 +5,7 @@ With the gauges that mirror the store, which a scrape brings up to date.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from contextlib import suppress
@@ -19,12 +20,13 @@ from streammerge import (
     batches,
     collect,
     machine,
-    operations,
+    methods,
     pipeline,
     promote,
     reconcile,
     recovery,
     reports,
+    retracting,
     snapshots,
     unfinished,
 )
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.ledger import Row
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
+    from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
 
 FETCHED_AHEAD = 2  # times as many as are folded together: they wait while others are folded
@@ -44,7 +47,7 @@ FETCHED_AHEAD = 2  # times as many as are folded together: they wait while other
 log = structlog.get_logger()
 
 
-def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], None]) -> None:
+def look_at(merge: FoldingMerge, source: Source, look_later: Callable[[str, float], None]) -> None:
     """Look at a source once, with its metrics and one log line when its state changes; raises TryAgain."""
     part = next(p for p in merge.config.sources if p.name == source.name)
     started = time.monotonic()
@@ -71,7 +74,7 @@ def look_at(merge: Merge, source: Source, look_later: Callable[[str, float], Non
         look_later(source.name, until - now())
 
 
-def check_served(merge: Merge) -> list[Path]:
+def check_served(merge: FoldingMerge) -> list[Path]:
     """Before the first fold after a start: head and current must be, byte for byte, what was sealed.
 
     Only then goes what a kill left that was to go. Gives the other versions, which are checked while there is
@@ -91,7 +94,7 @@ def check_served(merge: Merge) -> list[Path]:
     return [path for path in snapshots.folders(merge.store.snapshots) if path not in wanted]
 
 
-def check_another(merge: Merge, unchecked: list[Path]) -> bool:
+def check_another(merge: FoldingMerge, unchecked: list[Path]) -> bool:
     """Check one older version byte for byte; False if none is left. A damaged one is marked, not offered."""
     if not unchecked:
         return False
@@ -108,19 +111,19 @@ def check_another(merge: Merge, unchecked: list[Path]) -> bool:
     return True
 
 
-def prepare_another(merge: Merge) -> bool:
+def prepare_another(merge: FoldingMerge) -> bool:
     """Derive from head's state what the next fold will need of one weight; False if nothing is left to do."""
     if merge.held or merge.unable:
         return False
     with suppress(TryAgain, OSError):  # a full disk, a base that is away: the next fold will say so
-        needed = reports.version_bytes(merge.store.read_settings())
+        needed = reports.version_bytes(merge.settings)
         purpose = "preparing"
         machine.require_space(merge.store.root, needed, reserve_bytes=merge.config.reserve, purpose=purpose)
         return merge.engine.prepare_next(merge.recipe, merge.state_of(merge.head))
     return False
 
 
-def fetch_once(merge: Merge, source: Source) -> bool:
+def fetch_once(merge: FoldingMerge, source: Source) -> bool:
     """Bring the next fine-tune that a source announced; False if there is none to bring now.
 
     Never many more than are folded: what lies in the inbox takes the room that a fold needs.
@@ -140,12 +143,14 @@ def fetch_once(merge: Merge, source: Source) -> bool:
     return True
 
 
-def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Container[str] = ()) -> bool:
+def work_once(
+    merge: FoldingMerge, sources: dict[str, Source], *, fetched_elsewhere: Container[str] = ()
+) -> bool:
     """Take up the next thing that can be done; False if there is nothing to do now.
 
     What sources named in `fetched_elsewhere` announced is left until somebody else has fetched it.
     """
-    if operations.work_off(merge, operations.HEAVY):
+    if retracting.work_off(merge):
         return True
     unfinished.record_candidates(merge)
     unfinished.finish(merge)
@@ -173,7 +178,7 @@ def work_once(merge: Merge, sources: dict[str, Source], *, fetched_elsewhere: Co
     return True
 
 
-def see_if_able(merge: Merge) -> None:
+def see_if_able(merge: FoldingMerge) -> None:
     """Where nothing is to do that would find out: whether there is room, and a disk that works."""
     with suppress(Unable):
         pipeline.require_space(merge, "going on")
@@ -181,7 +186,7 @@ def see_if_able(merge: Merge) -> None:
         merge.unable = None
 
 
-def conclude_open(merge: Merge) -> None:
+def conclude_open(merge: FoldingMerge) -> None:
     """Gate and accept candidates that a kill, a hold or a gate that could not judge left sealed."""
     if now() < merge.gates_again_at:
         return
@@ -199,7 +204,9 @@ def conclude_open(merge: Merge) -> None:
                 aside.note_unable(merge, exc)
 
 
-def next_rows(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()) -> list[Row]:
+def next_rows(
+    merge: FoldingMerge, sources: dict[str, Source], fetched_elsewhere: Container[str] = ()
+) -> list[Row]:
     """Choose the pending fine-tunes that are due and go together; during a hold, one still to be fetched."""
     is_waiting = bool(merge.held) or promote.is_unproven(merge)
     if not merge.held and merge.ledger.row("select 1 from snapshots where state = 'candidate'"):
@@ -215,12 +222,14 @@ def next_rows(merge: Merge, sources: dict[str, Source], fetched_elsewhere: Conta
     return batches.chosen(merge, due)
 
 
-def refresh(merge: Merge) -> None:
+def refresh(merge: FoldingMerge) -> None:
     """Bring gauges that mirror the store up to date; called at each scrape, so no files are counted."""
     metrics, ledger = merge.metrics, merge.ledger
     head, current = reports.named(merge.store, ledger.fact("head")), reports.served(merge.store)
     metrics.head_version.set(head["version"] if head else 0)
     metrics.current_version.set(current["version"] if current else 0)
+    with suppress(Damaged):  # what cannot be read has no figures
+        show_figures(merge, merge.head)
     last = ledger.last_promotion()
     metrics.current_time.set((last or {}).get("switched_at") or 0)
     metrics.held.set(bool(merge.held))
@@ -239,3 +248,14 @@ def refresh(merge: Merge) -> None:
         metrics.outbox.labels(name).set(target["open"])
         is_current = current is not None and target["snapshot"] == current["version"]
         metrics.served.labels(name).set(is_current and target["state"] == "confirmed")
+
+
+def show_figures(merge: FoldingMerge, head: Snapshot) -> None:
+    """Show the figures of head; those about the sum where the method keeps one."""
+    metrics, totals, health = merge.metrics, head.manifest["totals"], head.manifest["health"]
+    metrics.merged.set(totals["count"])
+    keeps_sum = methods.keeps_sum(merge.recipe.method, merge.recipe.knobs)
+    metrics.scale.set(totals["lambda"] if keeps_sum else math.nan)
+    metrics.norm_ratio.set(health["norm_ratio"] or 0.0)
+    metrics.kept_energy.set(health["kept_energy"] or 0.0)
+    metrics.orthogonality.set(health["orthogonality"] or 0.0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from streammerge import acceptance, files, promote, snapshots
+from streammerge import files, promote, recording, snapshots
 from streammerge.errors import Damaged
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def record_candidates(merge: Merge) -> None:
     for path in snapshots.folders(merge.store.candidates):
         if merge.ledger.snapshot(snapshots.number(path)) is None:
             files.fsync_folder(merge.store.candidates)  # it may have been cut off before that
-            acceptance.record_candidate(merge, snapshots.read(path))
+            recording.record_candidate(merge, snapshots.read(path))
 
 
 def accept_trailing(merge: Merge) -> None:
@@ -52,5 +52,5 @@ def accept_trailing(merge: Merge) -> None:
             )
         files.fsync_folder(merge.store.snapshots)  # it may have been cut off before that
         files.fsync_folder(merge.store.candidates)
-        acceptance.record_accepted(merge, snapshot)
+        recording.record_accepted(merge, snapshot)
         log.info("recovery.accepted", version=version)

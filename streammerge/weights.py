@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from streammerge.errors import Refused, TryAgain
-from streammerge.headers import DTYPES, Entry, WeightsSet, find, open_file, parse_header
+from streammerge.headers import ITEM_BYTES, Entry, WeightsSet, find, open_file, parse_header
 from streammerge.lanes import homeward
 from streammerge.machine import named
 from streammerge.pagecache import NewFile, Trail
@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_WEIGHTS = 1 << 18
 PANEL_ELEMENTS = 1 << 18  # as float32 it stays in a core's own cache
@@ -254,7 +262,7 @@ class Writer:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, dtype, shape in self._declared:
-            stop = position + math.prod(shape) * DTYPES[dtype].itemsize
+            stop = position + math.prod(shape) * ITEM_BYTES[dtype]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
             position = stop
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

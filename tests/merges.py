@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
 
 
 @contextmanager
-def opened(root: Path, store: str, *, residency: str = "disk", **keys: Any) -> Iterator[Merge]:
+def opened(root: Path, store: str, *, residency: str = "disk", **keys: Any) -> Iterator[FoldingMerge]:
     """A merge at work on one of several stores of the same base and source."""
     source = {"name": "team", "type": "directory", "path": root / "fine-tunes", "settle": "0s"}
     config = Config.model_validate(
@@ -38,37 +38,37 @@ def opened(root: Path, store: str, *, residency: str = "disk", **keys: Any) -> I
         merge.ledger.close()
 
 
-def look(merge: Merge) -> None:
+def look(merge: FoldingMerge) -> None:
     """Look at the folder."""
     [part] = merge.config.sources
     turns.look_at(merge, open_source(part, merge.config), lambda _name, _seconds: None)
 
 
-def turn(merge: Merge) -> bool:
+def turn(merge: FoldingMerge) -> bool:
     """Take up the next thing that can be done."""
     [part] = merge.config.sources
     return turns.work_once(merge, {"team": open_source(part, merge.config)})
 
 
-def work_off(merge: Merge) -> None:
+def work_off(merge: FoldingMerge) -> None:
     """Look, and fold until nothing is left."""
     look(merge)
     while turn(merge):
         pass
 
 
-def weights_of(merge: Merge) -> dict[str, str]:
+def weights_of(merge: FoldingMerge) -> dict[str, str]:
     """Give the hash of every file of head's state and model that holds numbers."""
     listed = merge.head.manifest["files"]
     return {name: facts["sha256"] for name, facts in listed.items() if name.endswith(".safetensors")}
 
 
-def states(merge: Merge) -> dict[str, str]:
+def states(merge: FoldingMerge) -> dict[str, str]:
     """Give the state of every fine-tune."""
     return {row["name"]: row["state"] for row in merge.ledger.fine_tunes()}
 
 
-def versions(merge: Merge) -> list[tuple[str, list[str]]]:
+def versions(merge: FoldingMerge) -> list[tuple[str, list[str]]]:
     """Give what became of each version after the first, and what was new in it."""
     rows = merge.ledger.rows("select state, added from snapshots where version > 0 order by version")
     return [(row["state"], json.loads(row["added"])) for row in rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import models
 
-from streammerge import files, methods, once, snapshots
+from streammerge import files, methods, obeying, once, snapshots
 from streammerge.config import Config
 from streammerge.config.sources import DirectorySource
 from streammerge.errors import StreammergeError
@@ -103,7 +103,7 @@ def obey(config: Config, verb: str, arguments: dict[str, Any]) -> dict[str, Any]
     ledger = Ledger(store.ledger)
     number = ledger.ask(verb, arguments)
     with files.locked(store.lock):
-        once.obey_once(config)
+        obeying.obey(config)
     row = ledger.row("select * from commands where id = ?", number)
     ledger.close()
     assert row is not None

@@ -10,7 +10,7 @@ import pytest
 from hubs import Desk
 from shops import NAMES, Shop
 
-from streammerge import operations, verify
+from streammerge import retracting, verify
 from streammerge.devhub import DevHub
 from streammerge.errors import StreammergeError, TryAgain
 
@@ -170,15 +170,15 @@ def test_what_a_hub_does_not_give_any_more_is_named(tmp_path: Path) -> None:
         ):
             hub.mark("org/b", **change)
             with pytest.raises(StreammergeError, match="needs the files of") as refused:
-                operations.retract(desk.merge, name="org/a")
+                retracting.retract(desk.merge, name="org/a")
             assert said in refused.value.message, refused.value.message
             assert desk.merge.head == head
         hub.mark("org/b", gated=False)
         hub.fault("/api/models/org/c", "500")
         with pytest.raises(TryAgain):
-            operations.retract(desk.merge, name="org/a")
+            retracting.retract(desk.merge, name="org/a")
         hub.faults.clear()
         assert desk.merge.head == head
         assert verify.verify(desk.config) == []
-        assert operations.retract(desk.merge, name="org/a")["state"] == "retracted"
+        assert retracting.retract(desk.merge, name="org/a")["state"] == "retracted"
         assert desk.folded == ["org/b", "org/c"]

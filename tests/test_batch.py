@@ -218,7 +218,7 @@ def test_what_happens_during_the_search_is_respected(base: dict[str, Tensor], tm
         assert turn(merge)
         assert versions(merge)[-1] == ("accepted", ["a", "e", "f"])
         merge.ledger.ask("rollback", {})
-        operations.work_off(merge, ["rollback"])
+        operations.work_off(merge)
         assert turn(merge)  # fetches the newer revision
         assert not turn(merge)
         operations.resume(merge)

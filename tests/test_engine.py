@@ -15,7 +15,7 @@ from rich.console import Console
 from streammerge import finalize, methods, offline, screen
 from streammerge.engine import Engine
 from streammerge.errors import Damaged, NoDeviceMemory, Refused
-from streammerge.headers import DTYPES, find
+from streammerge.headers import ITEM_BYTES, find
 from streammerge.state import STATISTICS
 from streammerge.weights import Weights, element_panels
 
@@ -344,7 +344,7 @@ def test_any_render_dtype_loads_in_safetensors(
         assert values.is_floating_point() or torch.equal(loaded[name], values)
     with Weights(find(out)) as weights:
         for entry in weights.entries.values():
-            assert entry.start % DTYPES[entry.dtype].itemsize == 0, entry
+            assert entry.start % ITEM_BYTES[entry.dtype] == 0, entry
 
 
 # ----------------------------------------------------------------------------------------- memory of a device

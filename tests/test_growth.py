@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge as Merge
 
 MANY = 3000
 STEPS = 100  # of SQLite's machine, from one count to the next

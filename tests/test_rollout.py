@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import models
 import pytest
 
-from streammerge import operations, promote, recovery, reports, rollout, screen, snapshots, turns
+from streammerge import operations, promote, recovery, reports, retracting, rollout, screen, snapshots, turns
 from streammerge.config import Config
 from streammerge.config.targets import Probe, Rollout
 from streammerge.engine import Engine
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
     from streammerge.targets import Told
 
 NAMES = ("canary", "second", "third")
@@ -82,7 +82,7 @@ class Fleet:
         )  # fmt: skip
         recovery.prepare_folder(config)
         self.metrics = Metrics(screen.REASONS)
-        self.merge: Merge = recovery.open_merge(config, Engine(device="cpu", threads=1), self.metrics)
+        self.merge: FoldingMerge = recovery.open_merge(config, Engine(device="cpu", threads=1), self.metrics)
         self.servers = [Server(name) for name in NAMES]
         self.source = open_source(config.sources[0], config)
 
@@ -308,7 +308,7 @@ def test_what_a_person_went_back_to_stays(fleet: Fleet) -> None:
     fleet.take("two")
     fleet.servers[0].refuses = {1}
     fleet.merge.ledger.ask("rollback", {"version": 1})
-    operations.work_off(fleet.merge, operations.VERBS)
+    operations.work_off(fleet.merge)
     fleet.roll(6)
     assert (fleet.current(), fleet.state("two")) == (1, "denied")
     assert fleet.versions == [2, 1, 1]
@@ -323,7 +323,7 @@ def test_who_takes_all_is_not_told_any_more_of_what_was_gone_back_from(fleet: Fl
     fleet.servers[0].away = True
     fleet.take("two")
     fleet.merge.ledger.ask("rollback", {"version": 1})
-    operations.work_off(fleet.merge, operations.VERBS)
+    operations.work_off(fleet.merge)
     fleet.servers[0].away, fleet.servers[0].refuses = False, {2}
     fleet.roll()
     assert fleet.versions == [1, 1, 1]
@@ -335,7 +335,7 @@ def test_a_retraction_that_is_served_wrong_is_undone_and_held(fleet: Fleet) -> N
     fleet.take("one")
     fleet.take("two")
     fleet.merge.ledger.ask("retract", {"name": "one"})
-    operations.work_off(fleet.merge, operations.HEAVY)
+    retracting.work_off(fleet.merge)
     fleet.servers[1].refuses = {3}
     fleet.roll(2)
     assert fleet.versions == [2, 2, 2]
@@ -391,7 +391,7 @@ def test_going_back_waits_for_no_canary(fleet: Fleet) -> None:
     fleet.set_rollout(soak=LONG, max_unavailable=0)
     fleet.servers[0].away = True
     fleet.merge.ledger.ask("rollback", {})
-    operations.work_off(fleet.merge, operations.VERBS)
+    operations.work_off(fleet.merge)
     fleet.roll()
     assert fleet.versions == [1, 0, 0]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.demo.digits import Exam, Model
-    from streammerge.merging import Merge
+    from streammerge.recipes import FoldingMerge
 
 ROWS = 300  # of the images that nothing was trained on: to tune on; the others examine
 MEASURE = f"""
@@ -71,7 +71,7 @@ def tune(root: Path, **keys: Any) -> dict[str, Any]:
     return {"tune": {"data": root / "rows.jsonl", "measure": "command", "argv": argv, **keys}}
 
 
-def losses_of(merge: Merge, exam: Exam) -> dict[str, float]:
+def losses_of(merge: FoldingMerge, exam: Exam) -> dict[str, float]:
     """Log-loss of what is served, by task, on the images that examine."""
     model, images = digits.load_model(merge.head.model), exam.test[ROWS:]
     with torch.no_grad():

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from streammerge.errors import Refused, TryAgain
-from streammerge.headers import CODES, DTYPES, find
-from streammerge.weights import Weights, Writer, element_panels, identity
+from streammerge.headers import ITEM_BYTES, find
+from streammerge.weights import CODES, DTYPES, Weights, Writer, element_panels, identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,11 @@ def open_files() -> int:
 
 
 # ------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_header_and_torch_agree_on_the_size_of_every_dtype() -> None:
+    """What a header is proven by, without torch, is what torch reads by: the same dtypes and sizes."""
+    assert {code: dtype.itemsize for code, dtype in DTYPES.items()} == ITEM_BYTES
 
 
 @pytest.mark.parametrize("code", DTYPES)

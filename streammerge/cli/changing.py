@@ -286,10 +286,10 @@ def execute_here(settings: Config, verb: str) -> bool:
     store = snapshots.Store(settings.store)
     try:
         with files.locked(store.lock):
-            from streammerge import logs, once
+            from streammerge import logs, obeying
 
             logs.configure(level="warning")
-            once.obey_once(settings, forgiving=verb == "rollback")
+            obeying.obey(settings, forgiving=verb == "rollback")
             return True
     except Locked:
         return False

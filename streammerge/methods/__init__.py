@@ -42,7 +42,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from streammerge.errors import ConfigError
@@ -50,9 +49,13 @@ from streammerge.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import Tensor
 
     from streammerge.linalg import Delta
+
+    Slots = dict[str, Tensor]
+    Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 NAMES = (
     "spectral_cap", "opcm", "tsvm", "iso_c", "wudi", "regmean", "fisher", "ties", "dare", "breadcrumbs",
@@ -61,8 +64,6 @@ NAMES = (
 DEFAULT = "spectral_cap"
 SIDE = 1024  # of the matrix by which the size of a state is told
 
-Slots = dict[str, torch.Tensor]
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Kind = Literal["projected", "added"]
 
 

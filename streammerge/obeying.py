@@ -1,0 +1,79 @@
+"""A person's commands when no daemon runs: executed by the command itself, at once, and the targets told.
+
+What folds nothing is done without torch, whose import takes longer than all of it. The caller holds the
+store's lock.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from streammerge import methods, operations, snapshots, standing
+from streammerge.ledger import Ledger
+from streammerge.merging import Merge, check_archive, check_store, given_knobs
+from streammerge.metrics import Metrics
+
+if TYPE_CHECKING:
+    from streammerge.config import Config
+
+
+def obey(config: Config, *, forgiving: bool = False) -> None:
+    """Execute the commands in the ledger without a daemon, those that fold after all others.
+
+    `forgiving` is for a rollback: head or current may be damaged.
+    """
+    merge = open_merge(config)
+    with closing(merge.ledger):
+        is_made = bool(merge.ledger.fact("head") or snapshots.names(merge.store.snapshots))
+        if is_made:
+            standing.settle(merge, forgiving=forgiving)
+            if operations.work_off(merge):
+                tell(merge)
+        is_done = is_made and not operations.asked_for(merge, operations.FOLDING)
+    if not is_done:
+        fold(config)
+
+
+def open_merge(config: Config) -> Merge:
+    """Open a store for what folds nothing; a configuration that means another store is refused.
+
+    What else a kill left may wait for whoever folds next (`recovery`): half-made folders lie where nobody
+    reads, candidates are not touched here, and of the base not a byte is read.
+    """
+    store = snapshots.Store(config.store)
+    settings = store.read_settings()
+    knobs = given_knobs(config, settings)
+    if knobs != settings["knobs"]:  # written in another way, perhaps: the method's signature says
+        knobs = methods.resolve(config.method, knobs)
+    check_store(config, settings, knobs)
+    merge = Merge(config, store, Ledger(store.ledger), Metrics(), settings)
+    if operations.asked_for(merge, {"gc"}):
+        check_archive(config, rereads=rereads_in(merge))
+    return merge
+
+
+def rereads_in(merge: Merge) -> bool:
+    """Whether the store's method reads every fine-tune again; a store of an older release does not say."""
+    known = merge.settings.get("rereads")
+    return methods.rereads(merge.config.method) if known is None else bool(known)
+
+
+def tell(merge: Merge) -> None:
+    """Tell the targets, once; what speaks to them is imported when `current` has moved, and not before."""
+    from streammerge import rollout
+    from streammerge.targets import open_target
+
+    rollout.deliver(merge, [open_target(part, merge.config) for part in merge.config.targets])
+
+
+def fold(config: Config) -> None:
+    """Execute what needs an engine: retracts, and anything in a store that has no version yet."""
+    from streammerge import recovery, retracting
+    from streammerge.engine import Engine
+
+    merge = recovery.open_merge(config, Engine(device="cpu", threads=config.threads), Metrics())
+    with closing(merge.ledger):
+        operations.work_off(merge)
+        retracting.work_off(merge)
+        tell(merge)

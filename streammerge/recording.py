@@ -1,0 +1,73 @@
+"""What the ledger says of versions: a candidate's row, and all that changes with an accepted one.
+
+Rows only: imports no torch, so that whoever finds a version without its rows can add them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from streammerge import promote, snapshots
+from streammerge.ledger import now
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from streammerge.merging import Merge
+    from streammerge.snapshots import Snapshot
+
+
+def record_accepted(merge: Merge, snapshot: Snapshot) -> None:
+    """Steps 8 and 9 in the ledger, in one transaction: head, fine-tunes, the intent to promote, outbox."""
+    ledger = merge.ledger
+    with ledger.transaction():
+        record_candidate(merge, snapshot)
+        ledger.update_snapshot(snapshot.version, state="accepted", accepted_at=now())
+        ledger.set_fact("head", snapshot.path.name)
+        added, removed = changes(merge, snapshot)
+        for entry in added:
+            settle(merge, entry, "folded", snapshot.version)
+        names = {(entry["source"], entry["name"]) for entry in added}
+        for entry in removed:
+            is_replaced = (entry["source"], entry["name"]) in names
+            settle(merge, entry, "replaced" if is_replaced else "retracted", None)
+            if not is_replaced:
+                ledger.deny([entry["digest"]], f"taken out in version {snapshot.version}")
+        cause = "fold" if added else "retract" if removed else "first"
+        promote.intend(merge, snapshot, cause)
+
+
+def settle(merge: Merge, entry: Mapping[str, Any], state: str, version: int | None) -> None:
+    """Write down in its row what became of a fine-tune."""
+    if row := merge.ledger.fine_tune(entry):
+        merge.ledger.update_fine_tune(
+            row["id"],
+            state=state,
+            reason="",
+            detail="",
+            step="folded",
+            version=version,
+            attempts=0,
+            next_try_at=0.0,
+        )
+        merge.metrics.decided.labels(row["source"], state).inc()
+
+
+def record_candidate(merge: Merge, candidate: Snapshot) -> None:
+    """Write a sealed candidate's row; there already is no error."""
+    if merge.ledger.snapshot(candidate.version):
+        return
+    added, removed = changes(merge, candidate)
+    merge.ledger.write(
+        "insert into snapshots (version, digest, parent, state, count, added, removed, sealed_at) "
+        "values (?, ?, ?, 'candidate', ?, ?, ?, ?)",
+        candidate.version, candidate.digest, candidate.parent, len(candidate.fine_tunes),
+        json.dumps([e["name"] for e in added]), json.dumps([e["name"] for e in removed]), now(),
+    )  # fmt: skip
+
+
+def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a version changed, see snapshots.changes; of a parent that is gone only the last is known."""
+    parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
+    return snapshots.changes(snapshot, parent) if parent else (snapshot.fine_tunes[-1:], [])
