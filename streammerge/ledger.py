@@ -503,9 +503,9 @@ class Ledger:
         return self.rows("select * from commands where state = 'pending' order by id")
 
     def answer(self, number: int, state: str, result: dict[str, Any]) -> None:
-        """Record a command's result."""
+        """Record a command's result; one that was answered stays answered, whatever fails afterwards."""
         self.write(
-            "update commands set state = ?, result = ?, finished_at = ? where id = ?",
+            "update commands set state = ?, result = ?, finished_at = ? where id = ? and state = 'pending'",
             state,
             json.dumps(result),
             now(),

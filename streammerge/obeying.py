@@ -1,4 +1,4 @@
-"""A person's commands when no daemon runs: executed by the command itself, at once, and the targets told.
+"""A person's commands when no daemon runs: executed by the command itself, and the targets told.
 
 What folds nothing is done without torch, whose import takes longer than all of it. The caller holds the
 store's lock.
@@ -18,21 +18,20 @@ if TYPE_CHECKING:
     from streammerge.config import Config
 
 
-def obey(config: Config, *, forgiving: bool = False) -> None:
-    """Execute the commands in the ledger without a daemon, those that fold after all others.
+def obey(config: Config, verb: str) -> None:
+    """Execute the commands in the ledger without a daemon. `verb` is that of the one which was asked for now.
 
-    `forgiving` is for a rollback: head or current may be damaged.
+    What folds is left to who comes to fold, so that nobody's rollback takes as long as somebody's retract.
     """
     merge = open_merge(config)
     with closing(merge.ledger):
         is_made = bool(merge.ledger.fact("head") or snapshots.names(merge.store.snapshots))
-        if is_made:
-            standing.settle(merge, forgiving=forgiving)
-            if operations.work_off(merge):
-                tell(merge)
-        is_done = is_made and not operations.asked_for(merge, operations.FOLDING)
-    if not is_done:
-        fold(config)
+        if is_made and verb in operations.VERBS:
+            standing.settle(merge, forgiving=verb == "rollback")
+            operations.work_off(merge)
+            tell(merge)
+            return
+    fold(config)
 
 
 def open_merge(config: Config) -> Merge:
@@ -68,7 +67,7 @@ def tell(merge: Merge) -> None:
 
 
 def fold(config: Config) -> None:
-    """Execute what needs an engine: retracts, and anything in a store that has no version yet."""
+    """The same with an engine: for a retract, and for anything in a store that has no version yet."""
     from streammerge import recovery, retracting
     from streammerge.engine import Engine
 

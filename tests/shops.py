@@ -103,7 +103,7 @@ def obey(config: Config, verb: str, arguments: dict[str, Any]) -> dict[str, Any]
     ledger = Ledger(store.ledger)
     number = ledger.ask(verb, arguments)
     with files.locked(store.lock):
-        obeying.obey(config)
+        obeying.obey(config, verb)
     row = ledger.row("select * from commands where id = ?", number)
     ledger.close()
     assert row is not None

@@ -289,7 +289,7 @@ def execute_here(settings: Config, verb: str) -> bool:
             from streammerge import logs, obeying
 
             logs.configure(level="warning")
-            obeying.obey(settings, forgiving=verb == "rollback")
+            obeying.obey(settings, verb)
             return True
     except Locked:
         return False

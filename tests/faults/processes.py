@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KILLED = -signal.SIGKILL
 SECONDS = 60.0
 IMPORTED = (
-    "__main__", "faults.processes", "streammerge.cli", "streammerge.daemon", "streammerge.once",
+    "__main__", "faults.processes", "streammerge.cli", "streammerge.daemon", "streammerge.obeying",
     "streammerge.sources.directory", "streammerge.targets.exec", "streammerge.methods.average",
     "streammerge.methods.fisher", "streammerge.methods.opcm", "streammerge.methods.spectral_cap",
 )  # fmt: skip
