@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.ledger import Row
+    from streammerge.snapshots import Snapshot
 
 ROUNDS = 5  # how often the ledger is read again because what it named was collected meanwhile
 PRESENT = ("accepted", "rolled_back")
@@ -256,11 +257,25 @@ def bring_version(source: Path, target: Path, beat: Callable[[str, int], None]) 
     if is_whole(target, beat):
         files.protect(target)  # its name came, and a kill before its mode did
         return 0
-    snapshot, count = snapshots.read(source), 0
+    snapshot = snapshots.read(source)
     part = target.with_name(f".building-{target.name}")
     for folder in (part, part / "model", part / "state"):
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
+    try:
+        count = copy_sealed(snapshot, part, beat)
+    except FileNotFoundError as exc:
+        raise Damaged(f"{exc.filename} is missing", hint=snapshots.RESTORE) from exc
+    files.fsync_tree(part)
+    files.protect(part)
+    files.remove_tree(target)
+    files.rename_folder(part, target)
+    return count
+
+
+def copy_sealed(snapshot: Snapshot, part: Path, beat: Callable[[str, int], None]) -> int:
+    """Copy what a version's manifest lists, then the manifest; what is there already stays."""
+    source, count = snapshot.path, 0
     for name, facts in snapshot.manifest["files"].items():
         file = part / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -268,10 +283,7 @@ def bring_version(source: Path, target: Path, beat: Callable[[str, int], None]) 
         if file.is_file() and files.sha256_file(file) == facts["sha256"]:
             continue
         file.unlink(missing_ok=True)
-        try:
-            files.copy_file(source / name, file, follow_symlinks=False)
-        except FileNotFoundError as exc:
-            raise Damaged(f"{source / name} is missing", hint=snapshots.RESTORE) from exc
+        files.copy_file(source / name, file, follow_symlinks=False)
         count += facts["bytes"]
         if files.sha256_file(file) != facts["sha256"]:
             raise Damaged(
@@ -279,10 +291,6 @@ def bring_version(source: Path, target: Path, beat: Callable[[str, int], None]) 
             )
     (part / "manifest.json").unlink(missing_ok=True)
     files.write_file(part / "manifest.json", (source / "manifest.json").read_bytes())
-    files.fsync_tree(part)
-    files.protect(part)
-    files.remove_tree(target)
-    files.rename_folder(part, target)
     return count
 
 

@@ -263,7 +263,10 @@ def read(path: Path) -> Snapshot:
         raise Damaged(
             f"{path}/manifest.json is not the one that was sealed: its hash is {digest[:12]}", hint=RESTORE
         )
-    return MANIFESTS.put(Snapshot(path, digest, manifest))
+    snapshot = Snapshot(path, digest, manifest)
+    with suppress(FileNotFoundError):  # what was removed since it was read is not remembered
+        MANIFESTS.put(snapshot)
+    return snapshot
 
 
 RESTORE = "restore the folder from a backup of the store"

@@ -134,6 +134,21 @@ def test_damage_does_not_reach_the_backup(shop: Shop, tmp_path: Path) -> None:
     assert verify.verify(other.config) == []
 
 
+def test_what_goes_while_it_is_copied_is_left_out(shop: Shop, tmp_path: Path) -> None:
+    """gc removes in any order: a version whose manifest goes while its files are copied is no bug."""
+    old, head = folders(shop.config.store)
+    manifest = shop.config.store / "snapshots" / old / "manifest.json"
+
+    def collect(name: str, _bytes: int) -> None:
+        if name.startswith(old):
+            manifest.parent.chmod(0o755)
+            manifest.unlink(missing_ok=True)
+
+    made = backup.backup(shop.config, tmp_path / "backup", collect)
+    assert [str(manifest) in line for line in made["damaged"]] == [True]
+    assert folders(tmp_path / "backup") == [head]
+
+
 def test_what_rotted_in_the_backup_is_copied_again(shop: Shop, tmp_path: Path) -> None:
     """Each run reads the copy back."""
     place = tmp_path / "backup"

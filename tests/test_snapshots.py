@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -360,3 +361,24 @@ def test_a_version_can_be_removed_twice(store: Store) -> None:
     files.remove_tree(snapshot.path)
     assert list(store.snapshots.iterdir()) == []
     files.remove_tree(snapshot.path)
+
+
+def test_what_goes_while_it_is_read_was_read(store: Store) -> None:
+    """A version whose folder is removed right after its manifest was read is no bug, and not remembered."""
+    snapshot = accepted(store)
+    manifest = opened(snapshot.path / "manifest.json")
+    content = manifest.read_bytes()
+    manifest.unlink()
+    os.mkfifo(manifest)
+
+    def write_and_remove() -> None:
+        with manifest.open("wb") as pipe:
+            pipe.write(content)
+            manifest.unlink()
+
+    remover = threading.Thread(target=write_and_remove)
+    remover.start()
+    assert snapshots.read(snapshot.path).digest == snapshot.digest
+    remover.join()
+    with pytest.raises(Damaged):
+        snapshots.read(snapshot.path)
