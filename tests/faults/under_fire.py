@@ -29,6 +29,7 @@ from streammerge.devhub import DevHub
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
 
 ALLOWED = {0, 1, 2, 75}
@@ -38,8 +39,11 @@ SHELLS = 2
 PRESERVED = ("history", "status", "fine-tunes")
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(
-    ["streammerge.cli", "streammerge.once", "streammerge.verify", "streammerge.backup"]
+    ["streammerge.cli", "streammerge.once", "streammerge.obeying", "streammerge.verify", "streammerge.backup"]
 )
+# A start looks whether any other process has ended; of two threads that read how, one is told 255.
+LOOKING = threading.Lock()
+COMMAND_SECONDS = 100.0
 
 
 def measure(work: Path, scale: str) -> Findings:
@@ -234,13 +238,21 @@ class Field:
 def typed(site: Site, words: Sequence[str], said: Path) -> tuple[int, str]:
     """Type a command and wait for its end; gives its exit code and what it said."""
     process = forked.Process(target=_type, args=([*words, "-c", str(site.config)], str(said)))
-    process.start()
-    process.join(100.0)
-    if process.exitcode is None:
+    deadline = time.monotonic() + COMMAND_SECONDS
+    with LOOKING:
+        process.start()
+    while (code := exit_code(process)) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if code is None:
         process.kill()
-        process.join()
         return -1, f"did not end; {said.read_text()}"
-    return process.exitcode, said.read_text()
+    return code, said.read_text()
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    """How a process ended; None while it runs."""
+    with LOOKING:
+        return process.exitcode
 
 
 def _type(words: list[str], said: str) -> None:
