@@ -41,6 +41,7 @@ SHORT = (
     "retracted by replay",
     "refused by a gate",
     "collected by a command",
+    "tuned",
 )  # pass every step
 WHERE = (
     "A step is killed at up to its third passing. Which steps and effects an operation has is what its "
@@ -303,7 +304,7 @@ def effects(stage: Stage) -> Iterator[Blow]:
 
 
 def measure(work: Path, scale: str) -> Findings:
-    """Kill everywhere; `short` has each step of four operations that pass them all, and no single effects."""
+    """Kill everywhere; `short` has each step of a few that pass them all, and no single effects."""
     is_full = scale == "full"
     tally = Tally()
     wanted = {*SHORT, *RANDOM}
