@@ -30,6 +30,8 @@ NOTES for the table in docs/methods.md.
 Keyword arguments with defaults are the method's knobs: the signature is the documentation and the
 configuration schema. A weight of kind "added" arrives in panels, cut between rows, so what a method does to
 it must be elementwise or row by row; with ELEMENTWISE every weight may.
+
+Torch is imported with the first method that is loaded, and not with this.
 """
 
 from __future__ import annotations
