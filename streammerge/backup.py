@@ -315,7 +315,7 @@ def bring_inbox(
     sidecar = methods.sidecar(settings["method"])
     for row in ledger.fine_tunes("folded"):
         kept, there = source.inbox / str(row["id"]), target.inbox / str(row["id"])
-        if not kept.is_dir() or not is_archived(config, row, kept):
+        if not kept.is_dir() or not is_archived(config, row["state"], kept):
             continue
         try:
             copied.copied_bytes += bring_folder(kept, there, beat)

@@ -5,7 +5,6 @@ Names and revisions come from strangers: they stand in code spans, from which no
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -27,8 +26,8 @@ def card(
     base_model: str | None,
     library: str = "",
     hubs: Mapping[str, str] | None = None,
-) -> str:
-    """Write the card of a version from its manifest.
+) -> Iterator[str]:
+    """Write the card of a version from its manifest, line by line: it lists every fine-tune.
 
     base_model  what the merge descends from; left out where None
     library     what loads it, where that is known
@@ -51,8 +50,7 @@ def card(
         f"- finalize: {_settings(manifest['finalize'])}", "",
         "| # | fine-tune | source | revision | content |", "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    text = io.StringIO()
-    text.writelines(f"{line}\n" for line in head)
+    yield from (f"{line}\n" for line in head)
     sources: dict[str, str] = {}  # a few, of thousands of fine-tunes
     for number, entry in enumerate(manifest["fine_tunes"], 1):
         name, revision, source = str(entry["name"]), str(entry["revision"]), str(entry["source"])
@@ -61,8 +59,7 @@ def card(
         if hub and REPOSITORY.fullmatch(name) and REVISION.fullmatch(revision):
             shown = f"[{shown}]({hub}/{name}/tree/{revision})"
         whose = sources.get(source) or sources.setdefault(source, _code(source))
-        text.write(f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(entry['digest'][:12])} |\n")
-    return text.getvalue()
+        yield f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(entry['digest'][:12])} |\n"
 
 
 def _settings(values: Mapping[str, Any]) -> str:

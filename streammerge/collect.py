@@ -7,6 +7,7 @@ states that keep a replay short.
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import structlog
@@ -17,12 +18,13 @@ from streammerge.ledger import now
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from streammerge.config import Config
-    from streammerge.ledger import Row
     from streammerge.merging import Merge
+
+LOOKED_AT_ONCE = 256  # folders of the inbox, which holds thousands where they are kept
 
 log = structlog.get_logger()
 
@@ -68,22 +70,30 @@ def tidy_inbox(merge: Merge) -> None:
     """Remove fetched files that no journey needs any more."""
     inbox = merge.store.inbox
     with merge.turn:
-        there = {name for name in os.listdir(inbox) if not name.endswith(".part")}  # noqa: PTH208 -- names
-        unneeded = there - merge.needed - merge.ledger.numbers("pending", "awaiting_approval")
-        if unneeded and merge.config.archive != "drop":
-            folded = unneeded & merge.ledger.numbers("folded")
-            is_all = merge.config.archive == "keep"  # thousands, perhaps: none of them is looked at
-            unneeded -= folded if is_all else {n for n in folded if is_kept(merge.config, inbox / n)}
+        with os.scandir(inbox) as there:
+            names = (entry.name for entry in there if not entry.name.endswith(".part"))
+            unneeded: list[str] = []
+            while part := list(islice(names, LOOKED_AT_ONCE)):
+                unneeded += unneeded_of(merge, part)
         for path in [inbox / name for name in unneeded]:
             if path.is_dir():
                 files.remove_tree(path)
 
 
-def is_archived(config: Config, row: Row, folder: Path) -> bool:
-    """Whether the fetched files of a row, which are in `folder`, stay in the inbox."""
-    if row["state"] in ("pending", "awaiting_approval"):
-        return True
-    return row["state"] == "folded" and is_kept(config, folder)
+def unneeded_of(merge: Merge, names: Sequence[str]) -> set[str]:
+    """Choose those of some folders of the inbox that no journey needs and that are not kept."""
+    states = merge.ledger.states(names)
+    return {
+        name
+        for name in names
+        if name not in merge.needed
+        and not (name in states and is_archived(merge.config, states[name], merge.store.inbox / name))
+    }
+
+
+def is_archived(config: Config, state: str, folder: Path) -> bool:
+    """Whether the fetched files of a fine-tune, which are in `folder`, stay in the inbox."""
+    return state in ("pending", "awaiting_approval") or (state == "folded" and is_kept(config, folder))
 
 
 def is_kept(config: Config, folder: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 CHUNK_BYTES = 8 << 20
-PIECES = 256  # of a long list, written at once
+PIECES = 64  # of a long list, written at once
 PLAIN = frozenset({str, int, float, bool, type(None)})
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
 
@@ -38,10 +37,22 @@ def canonical_json(value: object) -> bytes:
     It is what the json library writes with an indent of 1; but that does so word by word in Python, and a
     manifest lists thousands of fine-tunes. Keys are strings.
     """
-    encoded = io.BytesIO()  # piece by piece: as a list they would take many times the room of what they say
-    encoded.writelines(piece.encode() for piece in _laid_out(value, "\n"))
-    encoded.write(b"\n")
-    return encoded.getvalue()
+    return b"".join(_pieces(value))
+
+
+def write_json(path: Path, value: object) -> str:
+    """Write a new file of canonical JSON and fsync it, never holding all of it; gives its sha256 digest."""
+    digest = hashlib.sha256()
+    with _new_file(path) as file:
+        for piece in _pieces(value):
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()
+
+
+def _pieces(value: object) -> Iterator[bytes]:
+    yield from (piece.encode() for piece in _laid_out(value, "\n"))
+    yield b"\n"
 
 
 def _encode(value: object, separator: str = ", ") -> str:
@@ -105,8 +116,14 @@ def fsync_folder(folder: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a new file and fsync it; the caller makes the name durable."""
-    with named(path), path.open("xb") as file:
+    with _new_file(path) as file:
         file.write(content)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[IO[bytes]]:
+    with named(path), path.open("xb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
 

@@ -12,7 +12,7 @@ from streammerge.headers import MARK, PICKLES, WeightsSet, find, read_json
 from streammerge.weights import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -25,12 +25,12 @@ def read_config(base: Path) -> dict[str, Any]:
 
 
 def furnish(
-    base: Path, out: Path, card: str, mark: Mapping[str, Any], dtype: torch.dtype | None = None
+    base: Path, out: Path, card: Iterable[str], mark: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
     """Put beside the rendered weights what servers need: config, tokenizer and the rest of the base's folder.
 
-    Other weight formats, hidden files and the base's own card stay behind. `card` becomes README.md; `mark`
-    says in a file of its own that this is a merge, so that it is never folded back in.
+    Other weight formats, hidden files and the base's own card stay behind. The lines of `card` become
+    README.md; `mark` says in a file of its own that this is a merge, so that it is never folded back in.
     """
     if base.is_dir():
         weights = {path.name for path in find(base).files}
@@ -55,8 +55,9 @@ def furnish(
         _write_index(base, out)
     if dtype is not None:
         _declare_dtype(out / "config.json", dtype)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    (out / MARK).write_bytes(files.canonical_json(dict(mark)))
+    with (out / "README.md").open("w", encoding="utf-8") as readme:
+        readme.writelines(card)
+    files.write_json(out / MARK, dict(mark))
     for path in out.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             with path.open("rb") as file:

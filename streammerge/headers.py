@@ -213,9 +213,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size, as data. An absent file reads as {}."""
     try:
         with open(open_file(path), "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_JSON_BYTES:
                 raise ValueError(f"it is larger than {MAX_JSON_BYTES:,} bytes")  # noqa: TRY301 -- worded below
-            return _parse(file.read(MAX_JSON_BYTES))
+            return _parse(file.read(size))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as exc:

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from streammerge.hubfacts import File, Repo
 
 MAX_JSON_BYTES = 64 << 20
-MAX_PAGES = 1000  # of a thousand repositories each
+LARGEST_PAGE = 1000  # repositories; the Hub gives no more at once
+MAX_PAGES = 1000
 CHUNK_BYTES = 1 << 20
 ATTEMPTS = 4
 SAME_WRONG_CONTENT = 3  # so often in a row, and it is the place that has it wrong, not the way here
@@ -103,14 +104,14 @@ class Hub:
 
     # What there is
 
-    def pages(self, **query: str) -> Iterator[list[Repo]]:
+    def pages(self, query: Mapping[str, str], at_once: int = LARGEST_PAGE) -> Iterator[list[Repo]]:
         """Walk a listing of models, latest change first, a page at a time: `filter`, `author`, ..."""
         wanted = ("sha", "lastModified", "createdAt", "tags", "gated", "private", "disabled")
         url: str = f"{self.endpoint}/api/models"
         params: list[tuple[str, str]] | None = [
             *query.items(),
             ("sort", "lastModified"),
-            ("limit", "1000"),
+            ("limit", str(at_once)),
             *(("expand", field) for field in wanted),
         ]
         for _ in range(MAX_PAGES):
@@ -118,7 +119,7 @@ class Hub:
             if not isinstance(found, list):
                 raise _nonsense(url)
             page = [repo for item in found if (repo := read_repo(item))]
-            del found  # a thousand repositories as the Hub tells them
+            del found  # many repositories as the Hub tells them
             yield page
             following = links.get("next", {}).get("url", "")
             if following and not following.startswith(self.endpoint + "/"):

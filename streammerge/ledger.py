@@ -372,6 +372,12 @@ class Ledger:
         found = self.row(query, *states)
         return set(str(found["ids"] or "").split()) if found else set()
 
+    def states(self, numbers: Iterable[str]) -> dict[str, str]:
+        """Give the states of some fine-tunes by their ids, as the inbox names their folders."""
+        query = "select id, state from fine_tunes where id in (select value from json_each(?))"
+        wanted = json.dumps([int(number) for number in numbers if number.isdecimal()])
+        return {str(number): state for number, state in self.tuples(query, wanted)}
+
     # What the screens saw
 
     def keep_figures(self, digest: str, found: dict[str, dict[str, Any]], sample: bytes) -> None:

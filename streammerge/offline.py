@@ -179,9 +179,9 @@ def _merge_in(
         "files": {f"model/{name}": {"sha256": digest} for name, digest in sorted(hashes.items())},
     }
     mark = {key: manifest[key] for key in ("base", "method", "knobs", "finalize", "fine_tunes")}
-    text = card({**manifest, "version": "of a merge"}, base_model=request.base.name)
-    furnish(request.base, work / "model", text, mark, dtype)
-    files.write_file(work / "manifest.json", files.canonical_json(manifest))
+    lines = card({**manifest, "version": "of a merge"}, base_model=request.base.name)
+    furnish(request.base, work / "model", lines, mark, dtype)
+    files.write_json(work / "manifest.json", manifest)
     return manifest
 
 

@@ -94,7 +94,7 @@ def is_unproven(merge: Merge) -> bool:
     Nothing is folded upon it meanwhile: the next wrong answer names who is to blame.
     """
     unproven = set(merge.ledger.fact("unproven") or ())
-    return bool(unproven & set(merge.head.digests)) and merge.head.version not in verified(merge)
+    return not unproven.isdisjoint(merge.head.digests) and merge.head.version not in verified(merge)
 
 
 def awaited(merge: Merge) -> set[int]:

@@ -146,7 +146,7 @@ def copy_kept(kept: Path, inbox: Path) -> None:
 
 def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
     """Fold everything in its order into one version."""
-    entries = head.fine_tunes
+    entries = [*head.fine_tunes]
     if missing := [f"{e['name']} ({why})" for e in entries if (why := replay.absence_of(merge, e))]:
         raise StreammergeError(
             f"the files of {', '.join(missing)} cannot be had",

@@ -7,13 +7,14 @@ that a source fails to show is ever taken out of the merge.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import structlog
 
 from streammerge.config.sources import Since
 from streammerge.ledger import iso, now
-from streammerge.sources import Known
+from streammerge.sources import Known, Sighting
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from streammerge.config.sources import SourceSection
     from streammerge.ledger import Ledger, Row
     from streammerge.merging import Merge
-    from streammerge.sources import Sighting, Source
+    from streammerge.sources import Look, Source
 
 log = structlog.get_logger()
 
@@ -42,12 +43,10 @@ def observe(merge: Merge, source: Source, config: SourceSection) -> float:
     before = ledger.row("select * from sources where name = ?", source.name) or {"primed": 0, "mark": ""}
     look = source.look(Remembered(ledger, source.name), before["mark"])
     with ledger.transaction():
-        settled = Remembered(ledger, source.name, SETTLED)
-        for sighting in look.sightings:
-            if is_known(sighting, settled.get(sighting.name)):
-                continue
+        for sighting in unsettled(ledger, source.name, look):
             record(merge, config, sighting, looked_at, is_first=not before["primed"])
-        mark_gone(merge, source.name, {sighting.name for sighting in look.sightings}, only=look.gone)
+        present = chain(look.unchanged, (sighting.name for sighting in look.sightings))
+        mark_gone(merge, source.name, present, only=look.gone)
         ledger.write(
             "insert into sources (name, state, last_success_at, primed, mark) values (?, 'ok', ?, 1, ?) "
             "on conflict (name) do update set state = 'ok', error = '', primed = 1, "
@@ -76,7 +75,7 @@ def drop_sources(merge: Merge, names: Iterable[str]) -> None:
     """What a source that is no longer configured had announced will not be folded, unless it was fetched."""
     kept = set(names)
     for source in {row["source"] for row in merge.ledger.fine_tunes(*UNDECIDED)} - kept:
-        mark_gone(merge, source, set(), "its source is no longer configured")
+        mark_gone(merge, source, (), "its source is no longer configured")
 
 
 class Remembered(Mapping[str, Known]):
@@ -118,12 +117,19 @@ class Remembered(Mapping[str, Known]):
         self._first, self._last = start, found[-1][0] if len(found) == REMEMBERED_AT_ONCE else None
 
 
-def is_known(sighting: Sighting, before: Known | None) -> bool:
-    """Whether a source sees what it saw at its last look."""
-    return before is not None and (sighting.fingerprint, sighting.revision) == (
-        before.fingerprint,
-        before.revision,
-    )
+def unsettled(ledger: Ledger, source: str, look: Look) -> Iterator[Sighting]:
+    """Give what a look found but for what needs no second thought: most of it, of thousands."""
+    settled = Remembered(ledger, source, SETTLED)
+    for sighting in look.sightings:
+        before = settled.get(sighting.name)
+        if before is None or not before.is_same(sighting):
+            yield sighting
+    known = Remembered(ledger, source)
+    for name in look.unchanged:
+        if name not in settled:
+            before = known.get(name)
+            if before is not None and before.revision:  # else the next look sees that it changed
+                yield Sighting(name, before.revision, before.first_seen_at, fingerprint=before.fingerprint)
 
 
 # Names that need no second thought where they are seen unchanged: those have a row which the same sighting
@@ -294,14 +300,15 @@ def still_waiting(merge: Merge, row: Row, sighting: Sighting, looked_at: float) 
 def mark_gone(
     merge: Merge,
     source: str,
-    present: set[str],
+    present: Iterable[str],
     why: str = "it vanished before it was fetched",
     only: frozenset[str] | None = None,
 ) -> None:
     """What vanished before it was fetched will not be folded: all that is not `present`, or `only` some."""
-    for row in merge.ledger.fine_tunes("waiting", "pending", "awaiting_approval"):
-        is_missing = row["name"] not in present if only is None else row["name"] in only
-        if row["source"] == source and is_missing and row["step"] == "announced":
+    rows = [row for row in merge.ledger.fine_tunes(*UNDECIDED) if row["source"] == source]
+    missing = {row["name"] for row in rows}.difference(present) if only is None else only
+    for row in rows:
+        if row["name"] in missing and row["step"] == "announced":
             merge.ledger.update_fine_tune(row["id"], state="gone", detail=why)
             if only is not None:  # such a source tells of changes alone: its coming back is to be one
                 forget(merge.ledger, source, row["name"])

@@ -70,4 +70,4 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
 def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a version changed, see snapshots.changes; of a parent that is gone only the last is known."""
     parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
-    return snapshots.changes(snapshot, parent) if parent else (snapshot.fine_tunes[-1:], [])
+    return snapshots.changes(snapshot, parent) if parent else ([*snapshot.fine_tunes[-1:]], [])

@@ -177,7 +177,7 @@ def opened(merge: FoldingMerge, entry: Entry) -> Iterator[Incoming]:
             yield Incoming(finetune, entry["digest"], entry["weight"], entry["source"])
     finally:
         merge.needed.discard(str(row["id"]))
-        if not is_archived(merge.config, row, inbox):
+        if not is_archived(merge.config, row["state"], inbox):
             files.remove_tree(inbox)
 
 

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import re
+import sys
 import threading
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,9 +140,9 @@ class Snapshot:
         return self.manifest["parent"]  # type: ignore[no-any-return]
 
     @property
-    def fine_tunes(self) -> list[dict[str, Any]]:
+    def fine_tunes(self) -> Sequence[dict[str, Any]]:
         """What is folded, in order: name, source, revision, digest, weight."""
-        return list(self.manifest["fine_tunes"])
+        return self.manifest["fine_tunes"]  # type: ignore[no-any-return]
 
     @property
     def digests(self) -> list[str]:
@@ -184,11 +185,22 @@ class Manifests:
     def put(self, snapshot: Snapshot) -> Snapshot:
         """Remember a manifest that was proven, or just written; gives it back."""
         with self._lock:
+            _hold_once(snapshot.manifest["fine_tunes"], [other for _, other in self._known.values()])
             self._known[snapshot.path.name] = (_stamp(snapshot.path), snapshot)
             self._known.move_to_end(snapshot.path.name)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
         return snapshot
+
+
+def _hold_once(entries: list[dict[str, Any]], known: Sequence[Snapshot]) -> None:
+    """Have what versions list alike, nearly all of what they list, in memory once; so few sources' names."""
+    for other in known:
+        for place, (entry, same) in enumerate(zip(entries, other.fine_tunes, strict=False)):
+            if entry is not same and entry == same:
+                entries[place] = same
+    for entry in entries:
+        entry["source"] = sys.intern(entry["source"])
 
 
 def _stamp(path: Path) -> Stamp:
@@ -223,11 +235,9 @@ def seal(store: Store, building: Path, manifest: Mapping[str, Any], hashes: Mapp
         name = path.relative_to(building).as_posix()
         listed[name] = {"sha256": hashes.get(name) or files.sha256_file(path), "bytes": path.stat().st_size}
     whole = {**manifest, "format": FORMAT, "files": listed}
-    content = files.canonical_json(whole)
-    files.write_file(building / "manifest.json", content)
+    digest = files.write_json(building / "manifest.json", whole)
     files.fsync_tree(building)
     files.protect(building)
-    digest = hashlib.sha256(content).hexdigest()
     sealed = store.candidates / folder_name(int(manifest["version"]), digest)
     files.rename_folder(building, sealed)
     return MANIFESTS.put(Snapshot(sealed, digest, whole))
@@ -300,9 +310,15 @@ def _chain(digests: Sequence[str]) -> list[int]:
 
 def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Which fine-tunes a version has that its parent has not, and the other way round."""
-    ours, theirs = set(snapshot.digests), set(parent.digests)
-    added = [entry for entry in snapshot.fine_tunes if entry["digest"] not in theirs]
-    return added, [entry for entry in parent.fine_tunes if entry["digest"] not in ours]
+    ours, theirs = snapshot.fine_tunes, parent.fine_tunes
+    pairs = zip(ours, theirs, strict=False)  # of thousands, most are in both, at the beginning
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0]["digest"] == pair[1]["digest"], pairs))
+    ours, theirs = ours[alike:], theirs[alike:]
+    kept = {entry["digest"] for entry in ours} & {entry["digest"] for entry in theirs}
+    return (
+        [entry for entry in ours if entry["digest"] not in kept],
+        [entry for entry in theirs if entry["digest"] not in kept],
+    )
 
 
 def folders(parent: Path) -> list[Path]:

@@ -38,16 +38,16 @@ def check_accepted(merge: Merge) -> None:
     marked = merge.ledger.fact("damaged") or {}
     damaged = {v: why for v, why in marked.items() if snapshots.by_version(merge.store, int(v))}
     serving = snapshots.current(merge.store)
-    for row in merge.ledger.rows(
-        "select * from snapshots where state in ('accepted', 'rolled_back') order by version"
+    for version, digest in merge.ledger.tuples(
+        "select version, digest from snapshots where state in ('accepted', 'rolled_back') order by version"
     ):
-        path = merge.store.snapshots / snapshots.folder_name(row["version"], row["digest"])
+        path = merge.store.snapshots / snapshots.folder_name(version, digest)
         try:
             snapshots.check_sizes(snapshots.read(path))
         except Damaged as exc:
             if path.name == merge.ledger.fact("head") or (serving and path.name == serving.name):
                 raise
-            damaged[str(row["version"])] = exc.message
+            damaged[str(version)] = exc.message
     mark_damaged(merge, damaged)
 
 

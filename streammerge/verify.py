@@ -170,7 +170,9 @@ def is_kept(config: Config, row: Row, folder: Path) -> bool:
     _, ledger = reports.open_for_reading(config)
     try:
         fresh = ledger.row("select * from fine_tunes where id = ?", row["id"])
-        return fresh is not None and fresh["state"] == "folded" and is_archived(config, fresh, folder)
+        return (
+            fresh is not None and fresh["state"] == "folded" and is_archived(config, fresh["state"], folder)
+        )
     finally:
         ledger.close()
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tracemalloc
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import models
 import pytest
 from faults import soak
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streammerge import (
+    files,
     operations,
     reconcile,
     recovery,
@@ -29,7 +35,6 @@ from streammerge.targets import open_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from streammerge.recipes import FoldingMerge as Merge
 
@@ -185,6 +190,48 @@ def test_a_manifest_is_parsed_once_and_again_when_it_changed(merge: Merge) -> No
         snapshots.read(head.path)
     path.write_bytes(whole)
     assert snapshots.read(head.path).manifest == head.manifest
+
+
+def test_what_two_versions_list_is_in_memory_once(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart reads head and the version before it: thousands of entries each, nearly all the same."""
+    look(merge)
+    arrive(merge)
+    arrive(merge)
+    monkeypatch.setattr(snapshots, "MANIFESTS", snapshots.Manifests(most=2))
+    one, two = (snapshots.read(path) for path in snapshots.folders(merge.store.snapshots)[-2:])
+    assert one.fine_tunes[0] is two.fine_tunes[0]
+    assert two.fine_tunes[0]["source"] is two.fine_tunes[1]["source"]
+
+
+ENTRIES = st.lists(st.integers(0, 9), unique=True)
+
+
+@given(ENTRIES, ENTRIES, ENTRIES)
+def test_what_a_version_changed_is_told_from_what_it_kept(
+    common: list[int], ours: list[int], theirs: list[int]
+) -> None:
+    """Added and removed are the differences of the two lists, each in its order, wherever they part."""
+    lists = [
+        [{"digest": str(n)} for n in [*common, *(n for n in rest if n not in common)]]
+        for rest in (ours, theirs)
+    ]
+    one, two = (snapshots.Snapshot(Path(), "", {"fine_tunes": entries}) for entries in lists)
+    added, removed = snapshots.changes(one, two)
+    assert added == [entry for entry in lists[0] if entry not in lists[1]]
+    assert removed == [entry for entry in lists[1] if entry not in lists[0]]
+
+
+def test_a_manifest_of_thousands_is_written_a_piece_at_a_time(tmp_path: Path) -> None:
+    """What is held while it is written does not grow with what it lists."""
+    peaks = []
+    for count in (1_000, 20_000):
+        entries = [{"name": f"ft{n}", "digest": f"{n:064x}", "weight": 1.0} for n in range(count)]
+        tracemalloc.start()
+        digest = files.write_json(tmp_path / str(count), {"fine_tunes": entries})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert digest == hashlib.sha256((tmp_path / str(count)).read_bytes()).hexdigest()
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_what_holds_a_beginning_of_the_merge_is_found_without_parsing_it_again(merge: Merge) -> None:

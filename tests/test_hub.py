@@ -86,7 +86,7 @@ def test_a_listing_is_read_a_page_at_a_time(tmp_path: Path) -> None:
     with DevHub(tmp_path / "hub", page_size=2) as dev:
         for number in range(5):
             dev.publish(f"team/m{number}", {"README.md": hubs.CARD})
-        pages = Hub(endpoint=dev.url).pages(filter="base_model:finetune:org/base")
+        pages = Hub(endpoint=dev.url).pages({"filter": "base_model:finetune:org/base"})
         assert [repo.id for repo in next(pages)] == ["team/m4", "team/m3"]
         assert dev.count(LISTING) == 1
         assert [repo.id for page in pages for repo in page] == ["team/m2", "team/m1", "team/m0"]
@@ -270,7 +270,7 @@ def test_a_trickle_is_no_answer(dev: DevHub, tmp_path: Path, what: str) -> None:
         hub = Hub(endpoint=server.url, timeout=0.05)
         asked: dict[str, Callable[[], object]] = {
             "file": lambda: hub.download("team/one", "f" * 40, file, tmp_path / "f"),
-            "listing": lambda: next(hub.pages(author="team")),
+            "listing": lambda: next(hub.pages({"author": "team"})),
         }
         began = time.monotonic()
         with pytest.raises(TryAgain):
@@ -306,7 +306,7 @@ def test_a_listing_does_not_lead_to_another_server() -> None:
     with Strange(JSON_HEAD + empty) as other:
         link = f'link: <{other.url}/api/models>; rel="next"\r\n'.encode()
         with Strange(JSON_HEAD + link + empty) as server:
-            pages = Hub(endpoint=server.url, token=TOKEN).pages(author="team")
+            pages = Hub(endpoint=server.url, token=TOKEN).pages({"author": "team"})
             assert next(pages) == []
             with pytest.raises(TryAgain):
                 next(pages)

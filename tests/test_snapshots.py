@@ -81,7 +81,7 @@ def test_a_sealed_folder_is_read_only(store: Store) -> None:
 
 def test_the_digest_is_the_manifests(store: Store) -> None:
     """A snapshot's digest is the sha256 of manifest.json and stands in its folder's name."""
-    snapshot = sealed(store, 42, parent="p", fine_tunes=[{"digest": "d"}])
+    snapshot = sealed(store, 42, parent="p", fine_tunes=[{"digest": "d", "source": "s"}])
     content = (snapshot.path / "manifest.json").read_bytes()
     assert snapshot.digest == hashlib.sha256(content).hexdigest()
     assert snapshot.path.name == f"000042-{snapshot.digest[:12]}"
@@ -188,7 +188,8 @@ def test_an_unprivileged_user_seals_and_accepts(tmp_path: Path) -> None:
         for version in (0, 1):
             building = snapshots.begin(store, version)
             (building / "model" / "w").write_text("w")
-            sealed = snapshots.seal(store, building, {"version": version, "parent": None}, {})
+            manifest = {"version": version, "parent": None, "fine_tunes": []}
+            sealed = snapshots.seal(store, building, manifest, {})
             try:
                 (sealed.path / "model" / "w").write_text("changed")
             except PermissionError:

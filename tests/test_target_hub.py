@@ -354,7 +354,7 @@ def test_a_strangers_name_stays_a_name(name: str) -> None:
     """Nothing in a name, source or revision ends its code span, its table row or the front matter."""
     facts = {**FOLDED, "name": name, "source": name, "revision": name}
     manifest = {"version": 1, "method": "opcm", "knobs": {}, "finalize": {}, "fine_tunes": [facts]}
-    text = card(manifest, base_model='x"\n---\nlicense: evil', hubs={name: "http://hub"})
+    text = "".join(card(manifest, base_model='x"\n---\nlicense: evil', hubs={name: "http://hub"}))
     _, front, rest = text.split("---\n", 2)
     assert yaml.safe_load(front).keys() == {"base_model", "base_model_relation", "tags"}
     row = rest.splitlines()[-1]

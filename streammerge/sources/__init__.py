@@ -58,18 +58,24 @@ class Known:
     revision: str
     first_seen_at: float
 
+    def is_same(self, sighting: Sighting) -> bool:
+        """Whether a source sees what it saw at its last look."""
+        return (sighting.fingerprint, sighting.revision) == (self.fingerprint, self.revision)
+
 
 @dataclass(frozen=True)
 class Look:
     """What one look at a source found.
 
-    sightings  every fine-tune there, or those that may have changed since the last look
+    sightings  every fine-tune there that may have changed since the last look
+    unchanged  names of those that are there as they are known: thousands, perhaps
     gone       names that are not there any more; None where whatever was not seen is gone
     mark       how far the place was read, handed back at the next look
     again_at   when to look again at the latest, seconds since 1970; 0.0 for the next poll
     """
 
     sightings: Sequence[Sighting]
+    unchanged: Sequence[str] = ()
     gone: frozenset[str] | None = None
     mark: str = ""
     again_at: float = 0.0

@@ -2,7 +2,9 @@
 
 A fine-tune is complete when its weights set is whole (header arithmetic, every shard of the index) and
 nothing of it changed for the settle time, counted from the last change seen here. Its revision is its
-content: editing a README or touching a file is no news. File events are hints; the scan is the truth.
+content: editing a README or touching a file is no news. File events are hints; the scan is the truth. They
+tell of what comes and goes in the folder itself: to hear of every file below it would take memory, here and
+in the kernel, for each fine-tune that was ever published.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import math
 import operator
 import os
 import stat
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from streammerge.sources import Known
 
 REVISION_CHARACTERS = 16
+GROWING_SECONDS = 1.0  # between looks while something is being copied in
 
 log = structlog.get_logger()
 
@@ -63,25 +67,46 @@ class Directory:
         self._beat = beat
         self._clock = clock
         self._changed_at: dict[str, tuple[str, float]] = {}
+        self._hint: Callable[[], None] | None = None
+        self._soon: threading.Timer | None = None
 
     def look(self, known: Mapping[str, Known], mark: str = "") -> Look:
         """Scan the folder once: all that is there."""
         del mark
         try:
-            with os.scandir(self.config.path) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+            names = sorted(os.listdir(self.config.path))  # noqa: PTH208 -- thousands, perhaps, at every look
         except OSError as exc:
             raise TryAgain(
                 f"source {self.name}: {self.config.path}: {exc.strerror}",
                 hint="check that the folder exists, is mounted and can be read",
             ) from exc
-        wanted = [
-            e for e in entries if not any(fnmatch.fnmatchcase(e.name, glob) for glob in self.config.ignore)
-        ]
-        seen = [sighting for entry in wanted if (sighting := self._see(entry, known))]
+        seen, unchanged = [], []
+        for name in names:
+            if any(fnmatch.fnmatchcase(name, glob) for glob in self.config.ignore):
+                continue
+            before = known.get(name)
+            sighting = self._see(name, before)
+            if before and sighting and sighting.revision and before.is_same(sighting):
+                unchanged.append(name)
+            elif sighting:
+                seen.append(sighting)
         unsettled = {sighting.name for sighting in seen if not sighting.revision}
         self._changed_at = {name: facts for name, facts in self._changed_at.items() if name in unsettled}
-        return Look(seen, again_at=min((s.until for s in seen if s.until), default=0.0))
+        self._follow_growing()
+        return Look(seen, unchanged, again_at=min((s.until for s in seen if s.until), default=0.0))
+
+    def _follow_growing(self) -> None:
+        """Hint once more in a moment while what is not complete goes on changing: no event will."""
+        self._stop_following()
+        latest = max((at for _, at in self._changed_at.values()), default=0.0)
+        if self._hint and self._clock() - latest < self.config.poll:
+            self._soon = threading.Timer(GROWING_SECONDS, self._hint)
+            self._soon.daemon = True
+            self._soon.start()
+
+    def _stop_following(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
 
     def preview(self) -> Sequence[Sighting]:
         """Scan the folder once, knowing nothing."""
@@ -92,48 +117,49 @@ class Directory:
         del name
         return False
 
-    def _see(self, entry: os.DirEntry[str], known: Mapping[str, Known]) -> Sighting | None:
+    def _see(self, name: str, known: Known | None) -> Sighting | None:
         """Judge one entry; None for what is no fine-tune, or vanished while we looked."""
-        path = self.config.path / entry.name
-        if not entry.name.isprintable():
+        path = f"{self.config.path}/{name}"  # no Path: it costs as much as all the rest of a look at a folder
+        if not name.isprintable():
             why = "its name is no printable UTF-8; rename it"
-            return Sighting(shown(entry.name), "name", self._clock(), refused="malformed", waiting_for=why)
+            return Sighting(shown(name), "name", self._clock(), refused="malformed", waiting_for=why)
         try:
-            return self._judge(entry, path, known.get(entry.name))
+            return self._judge(name, path, known)
         except FileNotFoundError:
             return None
         except Refused as exc:
             why = f"{exc.message}; {exc.hint}"
-            return Sighting(entry.name, "listing", self._clock(), refused=exc.reason, waiting_for=why)
+            return Sighting(name, "listing", self._clock(), refused=exc.reason, waiting_for=why)
         except OSError as exc:
             why = shown(f"{exc.filename or path} cannot be read: {exc.strerror}")
-            return Sighting(entry.name, "", self._clock(), waiting_for=why)
+            return Sighting(name, "", self._clock(), waiting_for=why)
 
-    def _judge(self, entry: os.DirEntry[str], path: Path, known: Known | None) -> Sighting | None:
+    def _judge(self, name: str, path: str, known: Known | None) -> Sighting | None:
         """Judge what can be listed; None for what is no fine-tune."""
-        follow = self.config.follow_symlinks
-        inside = _inside(path) if entry.is_dir(follow_symlinks=follow) else []
-        links = [shown(e.name) for e in (entry, *inside) if e.is_symlink()]
-        if links and not follow:
+        itself = os.lstat(path)
+        links = [name] if stat.S_ISLNK(itself.st_mode) else []
+        modified = itself.st_mtime
+        if links and self.config.follow_symlinks:
+            itself = os.stat(path)  # noqa: PTH116 -- no Path
+        is_folder = stat.S_ISDIR(itself.st_mode)
+        inside = _inside(path) if is_folder else []
+        links += [shown(entry.name) for entry in inside if entry.is_symlink()]
+        if links and not self.config.follow_symlinks:
             return Sighting(
-                entry.name,
+                name,
                 f"link-{links[0]}"[:80],
-                entry.stat(follow_symlinks=False).st_mtime,
+                modified,
                 refused="symlink",
                 waiting_for=f"{links[0]} is a symbolic link; follow_symlinks: true allows it",
             )
-        if not entry.is_dir() and not (entry.is_file() and entry.name.endswith(".safetensors")):
+        if not is_folder and not (stat.S_ISREG(itself.st_mode) and name.endswith(".safetensors")):
             return None
-        fingerprint, modified = _fingerprint(path, inside)
-        return self._ready_or_waiting(entry.name, path, fingerprint, modified, known)
+        fingerprint, modified = _fingerprint(name, itself, inside)
+        if known and known.revision and known.fingerprint == fingerprint:
+            return Sighting(name, known.revision, modified, fingerprint=fingerprint)
+        return self._ready_or_waiting(name, Path(path), fingerprint, modified)
 
-    def _ready_or_waiting(
-        self, name: str, path: Path, fingerprint: str, modified: float, known: Known | None
-    ) -> Sighting:
-        remembered = known.fingerprint == fingerprint and known.revision if known else ""
-        if remembered:
-            return Sighting(name, str(remembered), modified, fingerprint=fingerprint)
-
+    def _ready_or_waiting(self, name: str, path: Path, fingerprint: str, modified: float) -> Sighting:
         def waiting(why: str, until: float = 0.0) -> Sighting:
             return Sighting(name, "", modified, waiting_for=why, until=until, fingerprint=fingerprint)
 
@@ -156,7 +182,8 @@ class Directory:
         if now < settled_at:
             return waiting("it changed a moment ago; waiting until it settles", settled_at)
         digest = self._digest(path)
-        if _fingerprint(path)[0] != fingerprint:
+        inside = _inside(path) if path.is_dir() else []
+        if _fingerprint(name, path.stat(), inside)[0] != fingerprint:
             return waiting("it changed while it was read", now + self.config.settle)
         revision = digest[:REVISION_CHARACTERS] or _raw_revision(path)
         return Sighting(name, revision, modified, fingerprint=fingerprint, digest=digest)
@@ -224,7 +251,9 @@ class Directory:
         return "" if found == digest else f"source {self.name} has another revision of it now"
 
     def watch(self, hint: Callable[[], None]) -> Callable[[], None]:
-        """Have the kernel say when something below the folder changes; falls back to the poll alone."""
+        """Have the kernel say what comes and goes in the folder; falls back to the poll alone."""
+        self._hint = hint
+        self._follow_growing()
         observer = watchdog.observers.Observer()
 
         class Hint(watchdog.events.FileSystemEventHandler):
@@ -232,16 +261,21 @@ class Directory:
                 if event.event_type not in ("opened", "closed_no_write"):
                     hint()
 
+        def unhinted() -> None:
+            self._hint = None
+            self._stop_following()
+
         try:
-            observer.schedule(Hint(), str(self.config.path), recursive=True)
+            observer.schedule(Hint(), str(self.config.path), recursive=False)
             observer.start()
         except OSError as exc:  # no folder yet, or no inotify watches left
             log.warning(
                 "source.events_unavailable", source=self.name, error=str(exc), poll_seconds=self.config.poll
             )
-            return lambda: None
+            return unhinted
 
         def stop() -> None:
+            unhinted()
             # watchdog 7.1 raises KeyError for a folder that was replaced while it was watched
             with contextlib.suppress(KeyError, OSError, RuntimeError):
                 observer.stop()
@@ -256,7 +290,7 @@ def open_source(part: DirectorySource, config: Config, beat: Callable[[], None])
     return Directory(part, beat, sidecar=sidecar, most_bytes=headers.most_bytes(config.base_path))
 
 
-def _inside(path: Path) -> list[os.DirEntry[str]]:
+def _inside(path: Path | str) -> list[os.DirEntry[str]]:
     """List the files directly in a folder; folders inside a fine-tune are not entered."""
     with os.scandir(path) as entries:
         first = list(islice(entries, headers.MAX_FILES + 1))
@@ -272,20 +306,18 @@ def _files_of(path: Path) -> list[Path]:
     return [path / entry.name for entry in _inside(path)] if path.is_dir() else []
 
 
-def _fingerprint(path: Path, inside: Sequence[os.DirEntry[str]] | None = None) -> tuple[str, float]:
+def _fingerprint(name: str, itself: os.stat_result, inside: Sequence[os.DirEntry[str]]) -> tuple[str, float]:
     """Sum up inode, size and times of every file that matters, and give the latest modification.
 
-    inside  the files of a folder, where they were just listed
+    inside  the files of a folder
     """
-    itself = path.stat()
-    relevant = [(path.name, itself)]
+    relevant = [(name, itself)]
     if stat.S_ISDIR(itself.st_mode):
-        listed = _inside(path) if inside is None else inside
-        relevant = [(entry.name, entry.stat()) for entry in listed if not entry.name.startswith(".")]
+        relevant = [(entry.name, entry.stat()) for entry in inside if not entry.name.startswith(".")]
     facts, modified = [], itself.st_mtime
-    for name, found in relevant:
+    for file, found in relevant:
         if stat.S_ISREG(found.st_mode):
-            facts.append((name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            facts.append((file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
             modified = max(modified, found.st_mtime)
     return hashlib.sha256(repr(facts).encode()).hexdigest(), modified
 

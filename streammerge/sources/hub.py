@@ -24,7 +24,7 @@ import structlog
 from streammerge import credentials, headers, methods
 from streammerge.config.sources import Since
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
-from streammerge.hub import ROUTE, Hub
+from streammerge.hub import LARGEST_PAGE, ROUTE, Hub
 from streammerge.hubfacts import Repo, is_repo_id
 from streammerge.sources import Look, Sighting
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from streammerge.sources import Known
 
 OVERLAP_SECONDS = 900.0  # a listing may show a change later than its time: so far back it is read again
+SMALL_PAGE = 250  # repositories asked for at once by a look at what changed lately
 RECHECK_SECONDS = 3600.0  # what is gated, disabled or gone
 SOON_SECONDS = 5.0
 FAILURES_IN_A_ROW = 3  # so many, and it is the Hub that fails, not the repository
@@ -131,7 +132,7 @@ class HubRepositories:
                 in_a_row = 0
                 seen += [sighting] if sighting else []
         again_at = self._clock() + SOON_SECONDS if failed else 0.0
-        return Look(seen, frozenset(gone), str(_Mark(ends, tuple(failed))), again_at)
+        return Look(seen, gone=frozenset(gone), mark=str(_Mark(ends, tuple(failed))), again_at=again_at)
 
     def _cut_short(
         self, why: TryAgain, seen: list[Sighting], gone: set[str], mark: _Mark, mentioned: set[str]
@@ -142,7 +143,7 @@ class HubRepositories:
         with self._lock:
             self._mentioned |= mentioned
         wait = why.seconds if isinstance(why, RateLimited) else SOON_SECONDS
-        return Look(seen, frozenset(gone), str(mark), self._clock() + wait)
+        return Look(seen, gone=frozenset(gone), mark=str(mark), again_at=self._clock() + wait)
 
     def _floor(self, ends: Mapping[str, float]) -> float:
         """Weights that did not change after this are not wanted."""
@@ -183,8 +184,8 @@ class HubRepositories:
 
     def _changed(self, query: dict[str, str], end: float | None) -> Iterator[list[Repo]]:
         """Walk one listing page by page, latest change first, to where the last look ended."""
-        oldest = 0.0 if end is None else end - OVERLAP_SECONDS
-        for page in self.hub.pages(**query):
+        oldest, at_once = (0.0, LARGEST_PAGE) if end is None else (end - OVERLAP_SECONDS, SMALL_PAGE)
+        for page in self.hub.pages(query, at_once):
             changed = list(itertools.takewhile(lambda repo: repo.last_modified >= oldest, page))
             yield changed
             if len(changed) < len(page):
@@ -317,7 +318,7 @@ class HubRepositories:
         """List the latest of what every query gives, with the rule or state that keeps any of it out."""
         found: dict[str, Repo] = {}
         for _, query in self._queries():
-            for page in self.hub.pages(**query):
+            for page in self.hub.pages(query):
                 found |= {repo.id: repo for repo in page[:PREVIEWED]}
                 break
         missing = []

@@ -152,7 +152,7 @@ def publish(job: Job) -> None:
     commit, stale = head.sha, _stale(head, wanted, snapshot)
     if stale or not _holds(head, wanted, snapshot):
         _refuse_another(head, job)
-        text = card(manifest, base_model=job.base_model, library=_library(snapshot), hubs=job.hubs)
+        text = "".join(card(manifest, base_model=job.base_model, library=_library(snapshot), hubs=job.hubs))
         changes: dict[str, Path | bytes | None] = {path: snapshot / "model" / path for path in wanted}
         changes |= {CARD: text.encode(), **dict.fromkeys(stale)}
         message = f"Version {manifest['version']} ({job.digest[:12]})"

@@ -156,7 +156,7 @@ def test_a_listing_without_an_end_is_given_up(endpoint: str, monkeypatch: pytest
     Evil.body, Evil.link = json.dumps([REPO]).encode(), "/api/models?again"
     monkeypatch.setattr("streammerge.hub.MAX_PAGES", 5)
     with pytest.raises(TryAgain, match="does not end"):
-        list(Hub(endpoint=endpoint).pages(filter="x"))
+        list(Hub(endpoint=endpoint).pages({"filter": "x"}))
     assert Evil.asked == 5
 
 
