@@ -73,7 +73,7 @@ CAREFUL = notes(
 def main() -> None:
     """Run, and write the report."""
     asked = arguments()
-    allocator.ask_for_large_pages()  # as every command does; for the peers' processes too
+    allocator.begin()  # as every command does; for the peers' processes too
     parts: list[str] = []
     figures: list[dict[str, Any]] = []
     failed: list[str] = []

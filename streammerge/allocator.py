@@ -17,15 +17,20 @@ GLIBC = libc if hasattr(libc := ctypes.CDLL(None), "mallopt") else None
 LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # read by torch when it allocates for the first time
 
 
-def ask_for_large_pages() -> None:
-    """Have torch use large pages for large buffers; to be called before torch is imported."""
+def begin() -> None:
+    """Large pages for torch's large buffers, one heap for all threads: what one frees, another uses.
+
+    To be called before torch is imported and before there is a second thread, which would keep a heap of its
+    own for as long as the process lives.
+    """
     os.environ.setdefault(LARGE_PAGES, "1")
+    if GLIBC is not None:
+        GLIBC.mallopt(ARENA_MAX, 1)
 
 
 def keep_small_buffers() -> None:
     """Have glibc keep what panels need and give back what whole weights needed, which would add up."""
     if GLIBC is not None:
-        GLIBC.mallopt(ARENA_MAX, 1)  # one heap for all threads: what one frees another uses
         GLIBC.mallopt(MMAP_THRESHOLD, MAPPED_BYTES)
         GLIBC.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 

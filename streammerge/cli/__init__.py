@@ -18,7 +18,7 @@ __all__ = ["changing", "main", "reading", "running", "trying"]  # importing them
 
 def main() -> None:
     """Run the command line; every expected error ends with its message, its hint and its exit code."""
-    allocator.ask_for_large_pages()
+    allocator.begin()
     try:
         with machine.errors("working"):
             app()
