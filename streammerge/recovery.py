@@ -68,9 +68,10 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics, *, forgiving: b
         os.close(
             os.open(store.ledger, os.O_CREAT | os.O_WRONLY, 0o600)
         )  # fine-tunes' names are nobody else's business
-    merge = Merge(
-        config, store, Ledger(store.ledger), engine, metrics, recipe, float(settings["base"]["norm"]), entries
-    )
+    ledger = Ledger(store.ledger)
+    ledger.make_durable()
+    files.fsync_folder(store.root)  # the log's name too: where that fails SQLite goes on
+    merge = Merge(config, store, ledger, engine, metrics, recipe, float(settings["base"]["norm"]), entries)
     check_base(merge)
     recover(merge, forgiving=forgiving)
     check_cap(config, merge.head)

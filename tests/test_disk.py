@@ -54,12 +54,31 @@ def test_every_name_is_durable_before_it_is_built_upon(tmp_path: Path) -> None:
     renamed = {writes.pattern(call, root)[1] for call in calls if call.name == "rename"}
     assert {"store/candidates/.building-V", "store/candidates/V", "store/inbox/N.part"} <= renamed
     synced = {writes.pattern(call, root) for call in calls if call.name in ("fsync", "fdatasync")}
-    redundant = {  # what another fsync covers as well, or what may be lost
+    redundant = {  # what another fsync covers as well: SQLite's of the folder, after which it asks no result
         kind
         for kind in synced
         if not breaches([c for c in calls if writes.pattern(c, root) != kind], root / "store")
     }
-    assert redundant == {("fdatasync", "store/ledger.db-journal")}, "the check does not see these missing"
+    assert redundant == {("fdatasync", "store/ledger.db-journal"), ("fdatasync", "store")}
+
+
+@needs_compiler
+def test_a_commit_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    """Where what a gate found, a version, or what a target confirmed is not fsynced: the end is the same."""
+    root = tmp_path / "site"
+    disk = Disk(tmp_path / "disk", root)
+    with Forks(tmp_path, disk.environment) as forks:
+        journey = writes.begin(tmp_path, forks, disk, root)
+        journey.undisturbed(steps=1)
+        calls = {call.number: call for call in sorted(journey.calls[0], key=lambda call: call.number)}
+        accepted = next(number for number, call in calls.items() if call.other.parent.name == "snapshots")
+        commits = [n for n, call in calls.items() if writes.pattern(call, root) == writes.COMMIT]
+        measured = max(number for number in commits if number < accepted)
+        recorded = min(number for number in commits if number > accepted)
+        log_is_named = commits[0] + 1  # where SQLite has made its log it fsyncs the folder, and goes on
+        assert calls[log_is_named].path == root / "store"
+        for number in (log_is_named, measured, recorded, *commits[-3:-1]):
+            assert journey.disturbed(0, number, errno.EIO, stays=False) == (True, []), calls[number]
 
 
 @needs_compiler
