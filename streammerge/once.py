@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from streammerge import (
+    aside,
     files,
     gates,
     machine,
@@ -27,7 +28,7 @@ from streammerge import (
     turns,
 )
 from streammerge.engine import Engine
-from streammerge.errors import Stopped, TryAgain
+from streammerge.errors import Stopped, TryAgain, Unable
 from streammerge.ledger import now
 from streammerge.metrics import Metrics
 from streammerge.sources import open_source
@@ -92,7 +93,7 @@ def run_once(config: Config) -> None:
 def obey_once(config: Config, *, forgiving: bool = False) -> None:
     """Execute the commands in the ledger without a daemon, and tell the targets once.
 
-    The caller holds the lock.
+    Whom it cannot tell, the next command or the daemon tells. The caller holds the lock.
     """
     metrics = Metrics(screen.REASONS)
     metrics.introduce([part.name for part in config.sources], [part.name for part in config.targets])
@@ -100,7 +101,10 @@ def obey_once(config: Config, *, forgiving: bool = False) -> None:
     merge = recovery.open_merge(config, engine, metrics, forgiving=forgiving)
     try:
         operations.work_off(merge, EVERY_VERB)
-        rollout.deliver(merge, [open_target(part, config) for part in config.targets])
+        try:
+            rollout.deliver(merge, [open_target(part, config) for part in config.targets])
+        except Unable as exc:  # what was asked is done, and typed again it might be done twice
+            aside.note_unable(merge, exc)
     finally:
         merge.ledger.close()
 

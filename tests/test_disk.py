@@ -7,7 +7,9 @@ import errno
 import resource
 import shutil
 import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ import torch
 from daemons import Site, until
 from faults import writes
 from faults.disk import COMPILER, Disk
-from faults.forks import Forks
+from faults.forks import ForkedSite, Forks
 from faults.order import breaches
+
+from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +91,57 @@ def test_a_commit_that_fails_leaves_no_trace(tmp_path: Path) -> None:
 def test_every_kind_of_write_may_fail(tmp_path: Path) -> None:
     """A call of each kind fails once, with ENOSPC and with EIO: what is left in the end is the same."""
     assert writes.measure(tmp_path, "short").differences == []
+
+
+@needs_compiler
+def test_a_ledger_that_fails_is_no_failure_of_a_target(tmp_path: Path) -> None:
+    """What a target said and nobody could write down is asked again by the next command."""
+    failing = Disk(tmp_path / "disk", tmp_path / "site" / "store")
+    site = ForkedSite(tmp_path / "site", reserve="1KB")
+    hook = site.program(  # with a file `break` beside it the next call to the disk fails
+        "hook",
+        f"cd {site.root}\n"
+        'echo "$STREAMMERGE_VERSION $STREAMMERGE_DELIVERY" >> told\n'
+        f"[ ! -e break ] || {sys.executable} - <<'END'\n"
+        "import struct\n"
+        f"with open('{tmp_path}/disk/control', 'r+b') as control:\n"
+        "    calls, = struct.unpack('q', control.read(8))\n"
+        f"    control.write(struct.pack('qq', calls + 1, {errno.EIO}))\n"
+        "END",
+    )
+    site.configure(targets=[{"name": "hook", "type": "exec", "argv": [hook]}])
+    site.publish("model", 1)
+    with Forks(tmp_path, failing.environment) as site.forks:
+        site.run("run", "--once")
+        (site.root / "break").touch()
+        assert "disk I/O error" in site.run("rollback", "--yes").stderr
+        (site.root / "break").unlink()
+        with closing(Ledger(site.store / "ledger.db", read_only=True)) as ledger:
+            open_now = ledger.rows("select version, attempts, error from outbox where state = 'pending'")
+            assert open_now == [{"version": 0, "attempts": 0, "error": ""}]
+        site.run("gc")
+    told = (site.root / "told").read_text().splitlines()
+    assert told[2] == told[3], "the same delivery"
+    assert [line.split()[0] for line in told] == ["0", "1", "0", "0"]
+    assert site.served == []
+
+
+@needs_compiler
+def test_a_command_that_was_done_is_not_called_failed(tmp_path: Path) -> None:
+    """Where `current` cannot move after a rollback was written down, it is in force at the next start."""
+    failing = Disk(tmp_path / "disk", tmp_path / "site" / "store", "symlink")
+    site = ForkedSite(tmp_path / "site", reserve="1KB")
+    site.publish("model", 1)
+    with Forks(tmp_path, failing.environment) as site.forks:
+        site.run("run", "--once")
+        failing.set(error=errno.EIO, failing=1)
+        site.run("rollback", "--yes", code=75)
+        failing.heal()
+        with closing(Ledger(site.store / "ledger.db", read_only=True)) as ledger:
+            assert [row["state"] for row in ledger.rows("select state from commands")] == ["done"]
+        site.run("run", "--once")
+        assert site.served == []
+        assert site.ask("status")["held"]
 
 
 # ---------------------------------------------------------------------------------------- a disk without room

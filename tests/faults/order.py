@@ -30,6 +30,7 @@ SYNCING = ("fsync", "fdatasync")
 MAKING = ("open", "openat", "mkdir", "mkdirat", "symlink", "symlinkat")
 REMOVING = ("unlink", "unlinkat", "rmdir")
 RENAMING = ("rename", "renameat", "renameat2")
+GIVEN_UP, READ_AGAIN = "given up", "read again"
 LEDGER, LOG = "ledger.db", "ledger.db-wal"
 NEVER_COUNT = ("lock", "ledger.db-shm", "prepared", "ledger.db-journal")  # names that may be lost
 
@@ -44,8 +45,9 @@ class Store:
     names    entries made since their folder's last fsync
     owed     (folder, name): its fsync must come before anything is built on the name that it got or lost;
              forgotten when the name goes, or is made again, which owes the same anew
-    is_given_up  whether the log ends in a transaction that failed: SQLite writes the next one over it and
-             owes it nothing, but whoever opens the log next may find it whole and take it for ended
+    tail     what the log ends in after a transaction that failed: it is GIVEN_UP, SQLite writes the next one
+             over it and owes it nothing; but whoever opens the log next has it READ_AGAIN, may find it whole
+             and take it for ended
     """
 
     root: Path
@@ -53,7 +55,7 @@ class Store:
     bytes: set[Path] = field(default_factory=set)
     names: set[Path] = field(default_factory=set)
     owed: dict[tuple[Path, Path], str] = field(default_factory=dict)
-    is_given_up: bool = False
+    tail: str = ""
 
     def play(self, call: Call) -> Iterator[str]:
         """Take one call into account; gives what was not durable and had to be."""
@@ -80,12 +82,12 @@ class Store:
     def fail(self, path: Path) -> None:
         """A call failed; on the log that ends a transaction."""
         if path.name == LOG and path in self.bytes:
-            self.is_given_up = True
+            self.tail = self.tail or GIVEN_UP
             self.bytes.discard(path)
 
     def sync(self, path: Path) -> None:
         """A file's bytes, or a folder's names, are durable."""
-        self.is_given_up &= path.name != LOG
+        self.tail = "" if path.name == LOG else self.tail
         self.bytes.discard(path)
         self.names = {name for name in self.names if name.parent != path}
         self.owed = {owed: why for owed, why in self.owed.items() if owed[0] != path}
@@ -94,9 +96,8 @@ class Store:
         """A name was made, or opened where it might have been."""
         if not was_there:
             self.names.add(path)
-        elif path.name == LOG and self.is_given_up:
-            self.is_given_up = False
-            self.bytes.add(path)
+        elif path.name == LOG and self.tail:
+            self.tail = READ_AGAIN
 
     def rename(self, call: Call) -> Iterator[str]:
         """A name appears: if it counts, what is below must be durable, and the name itself must be soon.
@@ -112,6 +113,8 @@ class Store:
             yield from self.unsynced(what, lambda path: path.is_relative_to(old))
         if self.counts(new) or self.counts(old):
             yield from self.unsynced(what, lambda path: path.name == LOG)
+            if self.tail == READ_AGAIN:
+                yield f"{LOG} ended in what was given up and not fsynced when {what}"
         self.forget_debts(old)
         self.bytes = {_moved(path, old, new) for path in self.bytes}
         self.names = {_moved(path, old, new) for path in self.names} | {new}
@@ -134,7 +137,7 @@ class Store:
         """What lay there is gone."""
         self.bytes = {path for path in self.bytes if not path.is_relative_to(gone)}
         self.names = {path for path in self.names if not path.is_relative_to(gone)}
-        self.is_given_up &= gone.name != LOG
+        self.tail = "" if gone.name == LOG else self.tail
         self.forget_debts(gone)
 
     def forget_debts(self, gone: Path) -> None:
