@@ -205,7 +205,7 @@ ON_NAMES(linkat, from, to, (int from, const char *old, int to, const char *name,
         if (control) path_at(FOLDER, name, path);                                                                    \
         if (!control || !(how & (O_CREAT | O_TRUNC)) || !is_below(path)) return REAL(NAME)(__VA_ARGS__, how, mode);  \
         const char *before = access(path, F_OK) ? "" : path;                                                         \
-        MAKE(int, ROOM, #NAME, path, before, -1, found < 0 ? errno : 0, REAL(NAME)(__VA_ARGS__, how, mode));             \
+        MAKE(int, ROOM, #NAME, path, before, -1, found < 0 ? errno : 0, REAL(NAME)(__VA_ARGS__, how, mode));         \
     }
 OPENING(open, AT_FDCWD, (const char *name, int how, ...), name)
 OPENING(open64, AT_FDCWD, (const char *name, int how, ...), name)
