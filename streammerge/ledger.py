@@ -220,6 +220,16 @@ class Ledger:
     def _version(self) -> int:
         return int(self._db.execute("pragma user_version").fetchone()[0])
 
+    def make_durable(self) -> None:
+        """Have durably in the file itself what an earlier process left in the log.
+
+        One whose fsync of the log failed gave that transaction up, but the next process finds it whole and
+        takes it for ended. After a failure a second fsync of the same pages proves nothing, so they are
+        copied, which a checkpoint does.
+        """
+        with self._lock, _in_our_words(self._path):
+            self._db.execute("pragma wal_checkpoint(passive)").fetchall()
+
     def close(self) -> None:
         """Close the database; the last writer's leaves no -wal file behind."""
         with self._lock:

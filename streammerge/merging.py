@@ -12,8 +12,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streammerge import snapshots
+from streammerge import files, snapshots
 from streammerge.errors import ConfigError, Damaged
+from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.errors import Unable
-    from streammerge.ledger import Ledger
     from streammerge.metrics import Metrics
     from streammerge.snapshots import Snapshot, Store
 
@@ -58,6 +58,14 @@ class Merge:
                 f"{self.store.ledger} names no {fact}", hint="restore the ledger from a backup of the store"
             )
         return snapshots.read(self.store.snapshots / name)
+
+
+def open_ledger(store: Store) -> Ledger:
+    """Open the ledger for work; what an earlier process wrote and did not fsync is made durable first."""
+    ledger = Ledger(store.ledger)
+    ledger.make_durable()
+    files.fsync_folder(store.root)  # the log's name too: where that fails SQLite goes on
+    return ledger
 
 
 def check_store(config: Config, settings: Mapping[str, Any], knobs: Mapping[str, Any]) -> None:

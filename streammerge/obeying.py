@@ -9,9 +9,9 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from streammerge import methods, operations, snapshots, standing
-from streammerge.ledger import Ledger
-from streammerge.merging import Merge, check_archive, check_store, given_knobs
+from streammerge import aside, methods, operations, snapshots, standing
+from streammerge.errors import Unable
+from streammerge.merging import Merge, check_archive, check_store, given_knobs, open_ledger
 from streammerge.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_merge(config: Config) -> Merge:
     if knobs != settings["knobs"]:  # written in another way, perhaps: the method's signature says
         knobs = methods.resolve(config.method, knobs)
     check_store(config, settings, knobs)
-    merge = Merge(config, store, Ledger(store.ledger), Metrics(), settings)
+    merge = Merge(config, store, open_ledger(store), Metrics(), settings)
     if operations.asked_for(merge, {"gc"}):
         check_archive(config, rereads=rereads_in(merge))
     return merge
@@ -59,11 +59,17 @@ def rereads_in(merge: Merge) -> bool:
 
 
 def tell(merge: Merge) -> None:
-    """Tell the targets, once; what speaks to them is imported when `current` has moved, and not before."""
+    """Tell the targets, once; what speaks to them is imported when `current` has moved, and not before.
+
+    Whom it cannot tell, the next command or the daemon tells.
+    """
     from streammerge import rollout
     from streammerge.targets import open_target
 
-    rollout.deliver(merge, [open_target(part, merge.config) for part in merge.config.targets])
+    try:
+        rollout.deliver(merge, [open_target(part, merge.config) for part in merge.config.targets])
+    except Unable as exc:  # what was asked is done, and typed again it might be done twice
+        aside.note_unable(merge, exc)
 
 
 def fold(config: Config) -> None:

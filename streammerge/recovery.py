@@ -26,7 +26,7 @@ from streammerge.collect import tidy_inbox
 from streammerge.engine import Engine
 from streammerge.errors import ConfigError, Damaged
 from streammerge.headers import find
-from streammerge.ledger import Ledger
+from streammerge.merging import open_ledger
 from streammerge.plan import Recipe, idle_globs
 from streammerge.prepared import Prepared
 from streammerge.recipes import FoldingMerge, added_globs, check_cap, check_method, recipe_of, settings_of
@@ -75,7 +75,7 @@ def open_merge(config: Config, engine: Engine, metrics: Metrics) -> FoldingMerge
         os.close(
             os.open(store.ledger, os.O_CREAT | os.O_WRONLY, 0o600)
         )  # fine-tunes' names are nobody else's business
-    ledger = Ledger(store.ledger)
+    ledger = open_ledger(store)
     merge = FoldingMerge(
         config, store, ledger, metrics, settings, engine=engine, recipe=recipe, base_entries=entries
     )

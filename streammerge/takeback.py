@@ -54,6 +54,7 @@ def doubt(merge: Merge, target: Target, row: Row, why: TryAgain, beat: Callable[
             "target.unwell", target=target.name, version=good.version, error=exc.message, hint=exc.hint
         )
         return False
+    merge.ledger.saw_served(target.name, told.label)
     return take_back(merge, target, row, good, why)
 
 

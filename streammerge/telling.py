@@ -53,7 +53,7 @@ def attempt(merge: Merge, target: Target, row: Row, beat: Callable[[], None]) ->
     finally:
         merge.metrics.told_seconds.labels(target.name).observe(time.monotonic() - started)
     reached("told")
-    confirm(merge, target, row)
+    confirm(merge, target, row, path.name)
     log.info(
         "target.confirmed",
         target=target.name,
@@ -74,7 +74,6 @@ def tell(merge: Merge, target: Target, told: Told, beat: Callable[[], None]) -> 
     target.tell(told)
     if section := section_of(merge, target.name):
         probe.ask(section, told, beat)
-        merge.ledger.saw_served(target.name, told.label)
 
 
 def section_of(merge: Merge, name: str) -> ServingSection | None:
@@ -102,12 +101,17 @@ def put_off(merge: Merge, target: Target, row: Row, why: TryAgain) -> None:
     )
 
 
-def confirm(merge: Merge, target: Target, row: Row) -> None:
-    """Write down that a target serves a version, and how long its fine-tunes took to get there."""
+def confirm(merge: Merge, target: Target, row: Row, label: str) -> None:
+    """Write down that a target serves a version, and how long its fine-tunes took to get there.
+
+    Where the ledger fails that is no failure of the target: it is told again as soon as the ledger works.
+    """
     before = merge.ledger.last_told(target.name)
     with merge.ledger.transaction():
         merge.ledger.close_telling(row["id"], "done", "")
         merge.ledger.write("update outbox set confirmed_at = ?, wrong = 0 where id = ?", now(), row["id"])
+        if section_of(merge, target.name):
+            merge.ledger.saw_served(target.name, label)
     merge.metrics.told.labels(target.name, "ok").inc()
     for found in merge.ledger.rows(  # of each that is served here first now
         "select published_at from fine_tunes where state = 'folded' and version > ? and version <= ?",

@@ -7,7 +7,9 @@ import errno
 import resource
 import shutil
 import subprocess
+import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ import torch
 from daemons import Site, until
 from faults import writes
 from faults.disk import COMPILER, Disk
-from faults.forks import Forks
+from faults.forks import ForkedSite, Forks
 from faults.order import breaches
+
+from streammerge.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,12 +58,31 @@ def test_every_name_is_durable_before_it_is_built_upon(tmp_path: Path) -> None:
     renamed = {writes.pattern(call, root)[1] for call in calls if call.name == "rename"}
     assert {"store/candidates/.building-V", "store/candidates/V", "store/inbox/N.part"} <= renamed
     synced = {writes.pattern(call, root) for call in calls if call.name in ("fsync", "fdatasync")}
-    redundant = {  # what another fsync covers as well, or what may be lost
+    redundant = {  # what another fsync covers as well: SQLite's of the folder, after which it asks no result
         kind
         for kind in synced
         if not breaches([c for c in calls if writes.pattern(c, root) != kind], root / "store")
     }
-    assert redundant == {("fdatasync", "store/ledger.db-journal")}, "the check does not see these missing"
+    assert redundant == {("fdatasync", "store/ledger.db-journal"), ("fdatasync", "store")}
+
+
+@needs_compiler
+def test_a_commit_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    """Where what a gate found, a version, or what a target confirmed is not fsynced: the end is the same."""
+    root = tmp_path / "site"
+    disk = Disk(tmp_path / "disk", root)
+    with Forks(tmp_path, disk.environment) as forks:
+        journey = writes.begin(tmp_path, forks, disk, root)
+        journey.undisturbed(steps=1)
+        calls = {call.number: call for call in sorted(journey.calls[0], key=lambda call: call.number)}
+        accepted = next(number for number, call in calls.items() if call.other.parent.name == "snapshots")
+        commits = [n for n, call in calls.items() if writes.pattern(call, root) == writes.COMMIT]
+        measured = max(number for number in commits if number < accepted)
+        recorded = min(number for number in commits if number > accepted)
+        log_is_named = commits[0] + 1  # where SQLite has made its log it fsyncs the folder, and goes on
+        assert calls[log_is_named].path == root / "store"
+        for number in (log_is_named, measured, recorded, *commits[-3:-1]):
+            assert journey.disturbed(0, number, errno.EIO, stays=False) == (True, []), calls[number]
 
 
 @needs_compiler
@@ -68,6 +91,57 @@ def test_every_name_is_durable_before_it_is_built_upon(tmp_path: Path) -> None:
 def test_every_kind_of_write_may_fail(tmp_path: Path) -> None:
     """A call of each kind fails once, with ENOSPC and with EIO: what is left in the end is the same."""
     assert writes.measure(tmp_path, "short").differences == []
+
+
+@needs_compiler
+def test_a_ledger_that_fails_is_no_failure_of_a_target(tmp_path: Path) -> None:
+    """What a target said and nobody could write down is asked again by the next command."""
+    failing = Disk(tmp_path / "disk", tmp_path / "site" / "store")
+    site = ForkedSite(tmp_path / "site", reserve="1KB")
+    hook = site.program(  # with a file `break` beside it the next call to the disk fails
+        "hook",
+        f"cd {site.root}\n"
+        'echo "$STREAMMERGE_VERSION $STREAMMERGE_DELIVERY" >> told\n'
+        f"[ ! -e break ] || {sys.executable} - <<'END'\n"
+        "import struct\n"
+        f"with open('{tmp_path}/disk/control', 'r+b') as control:\n"
+        "    calls, = struct.unpack('q', control.read(8))\n"
+        f"    control.write(struct.pack('qq', calls + 1, {errno.EIO}))\n"
+        "END",
+    )
+    site.configure(targets=[{"name": "hook", "type": "exec", "argv": [hook]}])
+    site.publish("model", 1)
+    with Forks(tmp_path, failing.environment) as site.forks:
+        site.run("run", "--once")
+        (site.root / "break").touch()
+        assert "disk I/O error" in site.run("rollback", "--yes").stderr
+        (site.root / "break").unlink()
+        with closing(Ledger(site.store / "ledger.db", read_only=True)) as ledger:
+            open_now = ledger.rows("select version, attempts, error from outbox where state = 'pending'")
+            assert open_now == [{"version": 0, "attempts": 0, "error": ""}]
+        site.run("gc")
+    told = (site.root / "told").read_text().splitlines()
+    assert told[2] == told[3], "the same delivery"
+    assert [line.split()[0] for line in told] == ["0", "1", "0", "0"]
+    assert site.served == []
+
+
+@needs_compiler
+def test_a_command_that_was_done_is_not_called_failed(tmp_path: Path) -> None:
+    """Where `current` cannot move after a rollback was written down, it is in force at the next start."""
+    failing = Disk(tmp_path / "disk", tmp_path / "site" / "store", "symlink")
+    site = ForkedSite(tmp_path / "site", reserve="1KB")
+    site.publish("model", 1)
+    with Forks(tmp_path, failing.environment) as site.forks:
+        site.run("run", "--once")
+        failing.set(error=errno.EIO, failing=1)
+        site.run("rollback", "--yes", code=75)
+        failing.heal()
+        with closing(Ledger(site.store / "ledger.db", read_only=True)) as ledger:
+            assert [row["state"] for row in ledger.rows("select state from commands")] == ["done"]
+        site.run("run", "--once")
+        assert site.served == []
+        assert site.ask("status")["held"]
 
 
 # ---------------------------------------------------------------------------------------- a disk without room
@@ -221,9 +295,10 @@ def test_a_rollback_finds_what_could_not_be_recorded(tmp_path: Path, site: Site)
         daemon.until_state(first="folded")
         site.publish("second", 2)
         until((site.root / "asked").exists, "the gate is asked")
-        failing.set(error=errno.ENOSPC, failing=1)
+        failing.set(error=errno.ENOSPC, sleep=200_000)  # what the gate found is written yet
         (site.root / "go").touch()
         until(lambda: 2 in site.versions(), "moved into its place")
+        failing.set(failing=1, sleep=0)
         until(lambda: daemon.get("/readyz")[0] == 503, "not ready")
         site.run("rollback", "0", "--yes", "--no-wait")
         failing.heal()

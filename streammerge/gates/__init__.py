@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import math
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import filter as matching
 from pathlib import Path
@@ -24,7 +24,7 @@ import structlog
 
 from streammerge import files, snapshots
 from streammerge.config.gates import CommandGate, Evaluating
-from streammerge.errors import ConfigError, Stopped, TryAgain, Unable
+from streammerge.errors import ConfigError, Stopped, TryAgain
 from streammerge.measuring import Bounds, Measurement
 
 if TYPE_CHECKING:
@@ -86,11 +86,10 @@ class Bench:
         return Measurement(figures, found["notes"])
 
     def keep(self, version: int, gate: GateSection, measured: Measurement, **more: object) -> None:
-        """Write down what was measured of a version."""
+        """Write down what was measured of a version; where that fails, it does not count and is repeated."""
         figures, notes = plain(measured.figures), dict(measured.notes)
         found = {"fingerprint": fingerprint(gate), "figures": figures, "notes": notes, **more}
-        with suppress(Unable):  # measured again then, where it is wanted; the verdict has its own ways
-            self.ledger.keep_measured(version, gate.name, found)
+        self.ledger.keep_measured(version, gate.name, found)
 
 
 @dataclass(frozen=True)

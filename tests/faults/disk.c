@@ -5,7 +5,8 @@
  *   FAULTS_CONTROL  a file with `struct control`, shared by all processes that have it and by whoever watches
  *   FAULTS_CALLS    the calls that count, by name; all without it
  *   FAULTS_LOG      where each call becomes a line, when it has returned: number, call, path, other path,
- *                   error, bytes; by tabs. Optional.
+ *                   error, bytes; by tabs. The other path of an open is the same where the file was there
+ *                   before. Optional.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -203,7 +204,8 @@ ON_NAMES(linkat, from, to, (int from, const char *old, int to, const char *name,
         }                                                                                                            \
         if (control) path_at(FOLDER, name, path);                                                                    \
         if (!control || !(how & (O_CREAT | O_TRUNC)) || !is_below(path)) return REAL(NAME)(__VA_ARGS__, how, mode);  \
-        MAKE(int, ROOM, #NAME, path, "", -1, found < 0 ? errno : 0, REAL(NAME)(__VA_ARGS__, how, mode));             \
+        const char *before = access(path, F_OK) ? "" : path;                                                         \
+        MAKE(int, ROOM, #NAME, path, before, -1, found < 0 ? errno : 0, REAL(NAME)(__VA_ARGS__, how, mode));         \
     }
 OPENING(open, AT_FDCWD, (const char *name, int how, ...), name)
 OPENING(open64, AT_FDCWD, (const char *name, int how, ...), name)
