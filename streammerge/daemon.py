@@ -7,6 +7,7 @@ set flags. Knows nothing of folding.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -136,6 +137,7 @@ class Daemon:
                 self._thread("commands", self._obey),
             ]
             self.scheduler.start()
+            gc.freeze()  # what is here stays: a full collection, soon and cheap, is of what came since
             notify("READY=1")
             log.info(
                 "daemon.ready",

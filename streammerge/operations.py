@@ -109,14 +109,16 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     """
     old = merge.head
     chosen = choose(merge, old, version)
-    removed = [digest for digest in old.digests if digest not in set(chosen.digests)]
-    merge.ledger.deny(removed, f"rolled back from version {old.version} to {chosen.version}")
+    removed, _ = snapshots.changes(old, chosen)
+    merge.ledger.deny(
+        (entry["digest"] for entry in removed), f"rolled back from version {old.version} to {chosen.version}"
+    )
     merge.ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
     for row in reversal.go_back(merge, chosen, "rollback"):
         detail = f"taken out by the rollback to version {chosen.version}"
         merge.ledger.update_fine_tune(row["id"], state="denied", reason="denied", version=None, detail=detail)
     merge.metrics.held.set(1)
-    names = [entry["name"] for entry in old.fine_tunes if entry["digest"] in removed]
+    names = [entry["name"] for entry in removed]
     return {"version": chosen.version, "from": old.version, "denied": names, "held": True}
 
 
