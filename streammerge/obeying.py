@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from streammerge import aside, methods, operations, snapshots, standing
+from streammerge import aside, collect, methods, operations, snapshots, standing
 from streammerge.errors import Unable
 from streammerge.merging import Merge, check_archive, check_store, given_knobs, open_ledger
 from streammerge.metrics import Metrics
@@ -28,6 +28,7 @@ def obey(config: Config, verb: str) -> None:
         is_made = bool(merge.ledger.fact("head") or snapshots.names(merge.store.snapshots))
         if is_made and verb in operations.VERBS:
             standing.settle(merge, forgiving=verb == "rollback")
+            collect.tidy_inbox(merge)  # of what an earlier command took out
             operations.work_off(merge)
             tell(merge)
             return

@@ -188,3 +188,16 @@ def test_an_answer_stands(shop: Shop) -> None:
     ledger.answer(number, "failed", {})
     assert ledger.row("select state from commands where id = ?", number) == {"state": "done"}
     ledger.close()
+
+
+def test_what_an_earlier_command_took_out_does_not_stay_in_the_inbox(shop: Shop) -> None:
+    """A command without a daemon removes, as a start does, what was fetched and no journey needs."""
+    inbox = shop.config.store / "inbox"
+    kept = {path.name for path in inbox.iterdir()}
+    assert len(kept) == 2
+    for verb, arguments in (("rollback", {"version": 1}), ("hold", {})):
+        ledger = Ledger(shop.config.store / "ledger.db")
+        ledger.ask(verb, arguments)
+        ledger.close()
+        obeying.obey(shop.config, verb)
+    assert {path.name for path in inbox.iterdir()} < kept
