@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
+CHECKED_AT_ONCE = 16  # versions, at every start
+
 log = structlog.get_logger()
 
 
@@ -34,18 +36,29 @@ def settle(merge: Merge, *, forgiving: bool = False) -> None:
 
 
 def check_accepted(merge: Merge) -> None:
-    """Head and current must be there, whole by size, as the ledger says; older damaged ones are marked."""
+    """Head and current must be there, whole by size, as the ledger says; older damaged ones are marked.
+
+    Of the oldest, which are thousands where a target lags behind, only that they are there: they are read
+    while there is nothing else to do.
+    """
     marked = merge.ledger.fact("damaged") or {}
     damaged = {v: why for v, why in marked.items() if snapshots.by_version(merge.store, int(v))}
     serving = snapshots.current(merge.store)
-    for version, digest in merge.ledger.tuples(
-        "select version, digest from snapshots where state in ('accepted', 'rolled_back') order by version"
+    needed = {merge.ledger.fact("head"), serving.name if serving else None}
+    may_wait = set(snapshots.names(merge.store.snapshots)) - needed
+    for place, (version, digest) in enumerate(
+        merge.ledger.tuples(
+            "select version, digest from snapshots where state in ('accepted', 'rolled_back') "
+            "order by version desc"
+        )
     ):
-        path = merge.store.snapshots / snapshots.folder_name(version, digest)
+        name = snapshots.folder_name(version, digest)
+        if place >= CHECKED_AT_ONCE and name in may_wait:
+            continue
         try:
-            snapshots.check_sizes(snapshots.read(path))
+            snapshots.check_sizes(snapshots.read(merge.store.snapshots / name))
         except Damaged as exc:
-            if path.name == merge.ledger.fact("head") or (serving and path.name == serving.name):
+            if name in needed:
                 raise
             damaged[str(version)] = exc.message
     mark_damaged(merge, damaged)

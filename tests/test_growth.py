@@ -23,6 +23,7 @@ from streammerge import (
     rollout,
     screen,
     snapshots,
+    standing,
     turns,
     unfinished,
 )
@@ -251,6 +252,31 @@ def test_what_holds_a_beginning_of_the_merge_is_found_without_parsing_it_again(m
     manifest.chmod(0o644)
     manifest.write_bytes(manifest.read_bytes().replace(b'"ft0"', b'"ft9"'))
     assert list(snapshots.line_of(merge.store, digests)) == [line[0], line[2]]
+
+
+def test_a_start_looks_into_the_newest_versions_alone(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the others only that they are there; they are read while there is nothing else to do."""
+    look(merge)
+    for _ in range(3):
+        arrive(merge)
+    first, second, third, head = snapshots.folders(merge.store.snapshots)
+    for path in (second, third):
+        (path / "model" / "config.json").chmod(0o644)
+        (path / "model" / "config.json").write_text("{}")
+    files.remove_tree(first)
+    monkeypatch.setattr(standing, "CHECKED_AT_ONCE", 2)
+    standing.settle(merge)
+    assert set(merge.ledger.fact("damaged")) == {"0", "2"}
+
+    unchecked = turns.check_served(merge)
+    while turns.check_another(merge, unchecked):
+        pass
+    assert set(merge.ledger.fact("damaged")) == {"0", "1", "2"}
+    (head / "model" / "config.json").chmod(0o644)
+    (head / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr(standing, "CHECKED_AT_ONCE", 0)
+    with pytest.raises(Damaged, match=r"config\.json has 2 bytes"):
+        standing.settle(merge)
 
 
 def test_the_versions_on_disk_are_asked_about_at_once(merge: Merge) -> None:
