@@ -266,7 +266,7 @@ def test_a_long_listing_is_walked_to_its_mark(tmp_path: Path, clock: Clock) -> N
             text = written.replace("team/m0", f"team/m{number}").replace(pattern.updated_at, hub.store.now())
             copy = type(pattern).from_json(json.loads(text))
             hub.store.repositories[copy.id] = copy
-        with Desk(tmp_path / "desk", hub, source={"names": ["new/*"]}) as desk:
+        with Desk(tmp_path / "desk", hub, source={"names": ["new/*"], "timeout": "60s"}) as desk:
             desk.look()
             assert hub.count() == 10
             assert len(desk.rows()) == size
