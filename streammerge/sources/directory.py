@@ -102,7 +102,8 @@ class Directory:
         if self._hint and self._clock() - latest < self.config.poll:
             self._soon = threading.Timer(GROWING_SECONDS, self._hint)
             self._soon.daemon = True
-            self._soon.start()
+            with contextlib.suppress(RuntimeError):  # no room for a thread: the poll comes too
+                self._soon.start()
 
     def _stop_following(self) -> None:
         if self._soon is not None:
