@@ -148,6 +148,15 @@ def test_a_look_that_finds_nothing_new_writes_one_row(merge: Merge) -> None:
     assert states.popitem()[1] == "folded"
 
 
+def test_a_name_that_no_ledger_could_hold_is_refused_at_every_look(merge: Merge, tmp_path: Path) -> None:
+    """The others are looked at all the same."""
+    (tmp_path / "fine-tunes" / os.fsdecode(b"A\xff")).mkdir()
+    for _ in range(2):
+        look(merge)
+        states = sorted(row["state"] for row in merge.ledger.fine_tunes())
+        assert states == ["pending", "pending", "pending", "refused"]
+
+
 def test_what_a_source_remembers_is_read_a_part_at_a_time(merge: Merge) -> None:
     """In the order of names or in any other; of another source nothing; never more than a part at once."""
     names = [f"ft{number:04d}" for number in range(2 * reconcile.REMEMBERED_AT_ONCE + 7)]

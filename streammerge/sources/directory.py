@@ -84,9 +84,15 @@ class Directory:
         for name in names:
             if any(fnmatch.fnmatchcase(name, glob) for glob in self.config.ignore):
                 continue
+            if not name.isprintable():  # nor one to ask anybody for
+                why = "its name is no printable UTF-8; rename it"
+                seen.append(
+                    Sighting(shown(name), "name", self._clock(), refused="malformed", waiting_for=why)
+                )
+                continue
             before = known.get(name)
             sighting = self._see(name, before)
-            if before and sighting and sighting.revision and before.is_same(sighting):
+            if before and before.revision and sighting and not sighting.refused and before.is_same(sighting):
                 unchanged.append(name)
             elif sighting:
                 seen.append(sighting)
@@ -121,9 +127,6 @@ class Directory:
     def _see(self, name: str, known: Known | None) -> Sighting | None:
         """Judge one entry; None for what is no fine-tune, or vanished while we looked."""
         path = f"{self.config.path}/{name}"  # no Path: it costs as much as all the rest of a look at a folder
-        if not name.isprintable():
-            why = "its name is no printable UTF-8; rename it"
-            return Sighting(shown(name), "name", self._clock(), refused="malformed", waiting_for=why)
         try:
             return self._judge(name, path, known)
         except FileNotFoundError:
