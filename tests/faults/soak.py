@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from faults.arrivals import Key
 
 AHEAD = 12  # published and not yet decided
+BEHIND = 50  # versions that a target is still to be told of: nothing is published meanwhile
 DRAIN_SECONDS = 600.0
 OPEN = "('waiting', 'pending', 'awaiting_approval')"
 # Of all requests to the hub one in ten fails: each rule lets the rest through to the next.
@@ -48,10 +49,14 @@ calls=$(($(stat -c %s "$here/flaky.calls") / 2))
 echo "$STREAMMERGE_VERSION $STREAMMERGE_DELIVERY" >> "$here/flaky.told"
 """
 SLOW = """
-sleep 0.3
+sleep 0.2
 echo "$STREAMMERGE_VERSION $STREAMMERGE_DELIVERY" >> "$(dirname "$0")/slow.told"
 """
 NOTES = (
+    (
+        f"Who publishes waits while a target is still to be told of {BEHIND} versions: the store keeps each "
+        "until then, and what a queue takes that grows without end is no leak."
+    ),
     (
         "Memory is read from /proc, in each life after its first fine-tunes; its slope is the median over "
         "all pairs of readings within one life, with Sen's 95 % interval, so what a restart gives back "
@@ -199,7 +204,7 @@ class Soak:
         """Publish, never many ahead, until so many are decided; read off what the process holds."""
         next_reading = self.decided()
         while (decided := self.decided()) < goal and time.monotonic() < self._deadline:
-            while self.arrivals.revisions < decided + AHEAD + self.put_off():
+            while self.arrivals.revisions < decided + AHEAD + self.put_off() and self.untold() < BEHIND:
                 self.arrivals.publish(self.is_folded)
             if decided >= next_reading:
                 self.read(daemon, life)
@@ -216,6 +221,11 @@ class Soak:
         """How many failed and are tried again later; nobody waits for them."""
         query = "select count(*) as n from fine_tunes where state = 'pending' and next_try_at > ?"
         row = self.ledger.row(query, now() + 1.0)
+        return int(row["n"]) if row else 0
+
+    def untold(self) -> int:
+        """How many versions a target is still to be told of."""
+        row = self.ledger.row("select count(distinct version) as n from outbox where state = 'pending'")
         return int(row["n"]) if row else 0
 
     def is_folded(self, key: Key, digest: str) -> bool:
