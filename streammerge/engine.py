@@ -31,7 +31,6 @@ from streammerge.state import (
     Resident,
     State,
     StateShard,
-    appended,
     delta_norms,
     read_statistics,
     without,
@@ -147,9 +146,8 @@ class Engine:
         )
         measured.earlier = delta_norms(figures)
         totals = old.totals.after(measured.delta_norm, measured.state_norm, incoming.factor, measured.tally)
-        return Folded(
-            self._finished(recipe, state, appended(figures, measured.statistics), totals), measured, model
-        )
+        finished = self._finished(recipe, state, figures, totals, measured.statistics)
+        return Folded(finished, measured, model)
 
     def unfold(self, recipe: Recipe, incoming: Incoming, index: int, old: State, out: Path) -> Folded:
         """Take out the fine-tune that was folded as number `index`, from 0; the method must be able to.
@@ -197,10 +195,15 @@ class Engine:
         return [p for p in found if all(recipe.plan.is_merged(part.name) for part in (p.left, p.right))]
 
     def _finished(
-        self, recipe: Recipe, state: State, statistics: Mapping[str, Tensor], totals: Totals
+        self,
+        recipe: Recipe,
+        state: State,
+        statistics: Mapping[str, Tensor],
+        totals: Totals,
+        latest: Mapping[str, Figures] | None = None,
     ) -> State:
-        """Write the statistics of all that is folded now."""
-        digest = write_statistics(state.folder, statistics, recipe.plan)
+        """Write the statistics of all that is folded now, the latest beside those of all before it."""
+        digest = write_statistics(state.folder, statistics, recipe.plan, latest)
         return State(state.folder, {**state.hashes, STATISTICS: digest}, totals)
 
     def _pass_through(

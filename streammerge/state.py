@@ -283,14 +283,6 @@ def read_statistics(state: State, kinds: plan.Plan) -> dict[str, Tensor]:
     return figures
 
 
-def appended(figures: Mapping[str, Tensor], latest: Mapping[str, Figures]) -> dict[str, Tensor]:
-    """Add the latest fine-tune's figures to those of all before it."""
-    return {
-        name: torch.cat([rows, torch.tensor([latest[name]], dtype=torch.float64)])
-        for name, rows in figures.items()
-    }
-
-
 def without(figures: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """Leave out the figures of one fine-tune."""
     return {name: torch.cat([rows[:index], rows[index + 1 :]]) for name, rows in figures.items()}
@@ -303,10 +295,18 @@ def delta_norms(figures: Mapping[str, Tensor]) -> list[float]:
     return sum(rows[:, 0].square() for rows in figures.values()).sqrt().tolist()  # type: ignore[union-attr]
 
 
-def write_statistics(out: Path, figures: Mapping[str, Tensor], kinds: plan.Plan) -> str:
-    """Write the figures of all fine-tunes: weight -> [fine-tunes, 3] float64. Gives the file's sha256."""
-    declared = [(name, "F64", tuple(figures[name].shape)) for name in kinds.merged]
+def write_statistics(
+    out: Path, figures: Mapping[str, Tensor], kinds: plan.Plan, latest: Mapping[str, Figures] | None = None
+) -> str:
+    """Write the figures of all fine-tunes: weight -> [fine-tunes, 3] float64. Gives the file's sha256.
+
+    latest  weight -> those of one more, which `figures` does not hold
+    """
+    more = 0 if latest is None else 1
+    declared = [(name, "F64", (len(figures[name]) + more, 3)) for name in kinds.merged]
     with Writer(out / STATISTICS, declared) as writer:
         for name in kinds.merged:
             writer.write(name, figures[name])
+            if latest is not None:
+                writer.write(name, torch.tensor(latest[name], dtype=torch.float64))
     return writer.sha256
