@@ -23,6 +23,7 @@ from streammerge import acceptance, recovery, rollout, screen, snapshots
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.ledger import now
+from streammerge.members import Member
 from streammerge.metrics import Metrics
 from streammerge.targets import open_target
 
@@ -60,13 +61,10 @@ def sealed(merge: FoldingMerge, version: int, gib: float) -> Snapshot:
             path.touch()
             os.truncate(path, int(whole / SHARDS * gib / MODEL_GIB * GIB))
             hashes[path.relative_to(building).as_posix()] = f"{version:032x}{shard:032x}"
-    entry = {
-        "name": f"fine-tune-{version}", "source": "team", "revision": "1",
-        "digest": f"{version:064x}", "weight": 1.0,
-    }  # fmt: skip
+    member = Member("team", f"fine-tune-{version}", "1", f"{version:064x}", 1.0)
     head = merge.head
     manifest = {
-        **head.manifest, "version": version, "parent": head.digest, "fine_tunes": [*head.fine_tunes, entry],
+        **head.manifest, "version": version, "parent": head.digest, "fine_tunes": [*head.fine_tunes, member],
     }  # fmt: skip
     return snapshots.seal(merge.store, building, manifest, hashes)
 

@@ -5,7 +5,7 @@ Steps 7 to 9 of the story. Knows nothing of how a candidate was made.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,9 +17,10 @@ from streammerge.ledger import now
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from streammerge.ledger import Row
+    from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
 
@@ -38,7 +39,7 @@ def conclude(
     with merge.turn:
         head = None if candidate.parent is None else merge.head
         added, removed = recording.changes(merge, candidate)
-        rows = [merge.ledger.fine_tune(entry) for entry in added]
+        rows = [merge.ledger.fine_tune(*member.announced) for member in added]
         is_moot = any(row is not None and row["state"] != "pending" for row in rows) or (
             bool(removed) and not added and not asked_for
         )
@@ -70,22 +71,22 @@ def observe_waiting(merge: FoldingMerge, row: Row | None, seconds: float) -> Non
 def tell(
     merge: FoldingMerge,
     accepted: Snapshot,
-    added: Sequence[Mapping[str, Any]],
-    removed: Sequence[Mapping[str, Any]],
+    added: Sequence[Member],
+    removed: Sequence[Member],
     seconds: float,
 ) -> None:
     """Log the one line of each journey that ends in a version; one line for a version without any."""
-    for entry in added or ({},):
+    for member in added or (None,):
         log.info(
             "finetune.served" if added else "finetune.retracted" if removed else "base.served",
-            **{key: entry[key] for key in ("name", "source", "revision") if entry},
-            **({"removed": [gone["name"] for gone in removed]} if removed else {}),
+            **({"name": member.name, "source": member.source, "revision": member.revision} if member else {}),
+            **({"removed": [gone.name for gone in removed]} if removed else {}),
             version=accepted.version,
             digest=accepted.digest[:12],
             count=len(accepted.fine_tunes),
             seconds=round(seconds, 3),
             **accepted.manifest["health"],
-            figures=merge.ledger.values_of(entry["digest"]) if entry else {},
+            figures=merge.ledger.values_of(member.digest) if member else {},
         )
 
 
@@ -118,7 +119,11 @@ def passes(merge: FoldingMerge, candidate: Snapshot, *, asked_for: bool = False)
         )
     why = "; ".join(verdict.reasons)
     added, _ = recording.changes(merge, candidate)
-    rows = [row for entry in added if (row := merge.ledger.fine_tune(entry))] if not asked_for else []
+    rows = (
+        [row for member in added if (row := merge.ledger.fine_tune(*member.announced))]
+        if not asked_for
+        else []
+    )
     with merge.ledger.transaction():  # else a kill in between has it folded once more, to be refused again
         merge.ledger.update_snapshot(candidate.version, state="refused", note=why)
         if rows:

@@ -40,7 +40,7 @@ def side_by_side(rows: Sequence[Row], head: Snapshot, *, on_update: str) -> list
     """Give the first fine-tunes that may be folded together: one of a name that is folded goes alone."""
     if len(rows) < 2 or on_update == "add":
         return list(rows)
-    names = {(entry["source"], entry["name"]) for entry in head.fine_tunes}
+    names = {member.series for member in head.fine_tunes}
     together: list[Row] = []
     for row in rows:
         name = (row["source"], row["name"])

@@ -109,8 +109,8 @@ class Books:
         parent = self.by_digest.get(snapshot.parent or "")
         if parent is None:
             return
-        for key, entries in zip(("added", "removed"), snapshots.changes(snapshot, parent), strict=True):
-            names = [entry["name"] for entry in entries]
+        for key, members in zip(("added", "removed"), snapshots.changes(snapshot, parent), strict=True):
+            names = [member.name for member in members]
             if json.loads(row[key]) != names:
                 yield self.disagreement(snapshot, key, row[key], json.dumps(names))
 
@@ -181,23 +181,23 @@ class Books:
         rows = {
             (row["source"], row["name"], row["revision"]): row for row in self.ledger.fine_tunes("folded")
         }
-        entries = {(entry["source"], entry["name"], entry["revision"]): entry for entry in head.fine_tunes}
-        for key in sorted(rows.keys() - entries.keys()):
+        members = {member.announced: member for member in head.fine_tunes}
+        for key in sorted(rows.keys() - members.keys()):
             yield Finding(
                 f"{self.store.ledger} says that {key[1]}@{key[2][:12]} is folded, version {head.version}, "
                 "the head, does not hold it", ONE_MOMENT,
             )  # fmt: skip
-        for key, entry in entries.items():
+        for key, member in members.items():
             row = rows.get(key)
             if row is None:
                 yield Finding(
                     f"version {head.version}, the head, holds {key[1]}@{key[2][:12]}, {self.store.ledger} "
                     "does not say that it is folded", ONE_MOMENT,
                 )  # fmt: skip
-            elif row["digest"] != entry["digest"]:
+            elif row["digest"] != member.digest:
                 yield Finding(
                     f"{self.store.ledger} has digest {row['digest'][:12]} for {key[1]}, version "
-                    f"{head.version} has {entry['digest'][:12]}", ONE_MOMENT,
+                    f"{head.version} has {member.digest[:12]}", ONE_MOMENT,
                 )  # fmt: skip
 
     def promoted(self) -> Iterator[Finding]:

@@ -52,14 +52,13 @@ def card(
     ]  # fmt: skip
     yield from (f"{line}\n" for line in head)
     sources: dict[str, str] = {}  # a few, of thousands of fine-tunes
-    for number, entry in enumerate(manifest["fine_tunes"], 1):
-        name, revision, source = str(entry["name"]), str(entry["revision"]), str(entry["source"])
+    for number, (source, name, revision, digest, _) in enumerate(manifest["fine_tunes"], 1):
         hub = (hubs or {}).get(source)
         shown = _code(name)
         if hub and REPOSITORY.fullmatch(name) and REVISION.fullmatch(revision):
             shown = f"[{shown}]({hub}/{name}/tree/{revision})"
         whose = sources.get(source) or sources.setdefault(source, _code(source))
-        yield f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(entry['digest'][:12])} |\n"
+        yield f"| {number} | {shown} | {whose} | {_code(revision)} | {_code(digest[:12])} |\n"
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import socket
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from streammerge.errors import Locked
 from streammerge.machine import named
@@ -35,7 +35,7 @@ def canonical_json(value: object) -> bytes:
     """Give the one byte string for `value`: sorted keys, no spaces to spare, a final newline.
 
     It is what the json library writes with an indent of 1; but that does so word by word in Python, and a
-    manifest lists thousands of fine-tunes. Keys are strings.
+    manifest lists thousands of fine-tunes. Keys are strings; a NamedTuple is the dict of its fields.
     """
     return b"".join(_pieces(value))
 
@@ -64,7 +64,7 @@ def _encode(value: object, separator: str = ", ") -> str:
 
 def _laid_out(value: object, line: str) -> Iterator[str]:
     """Write a value piece by piece; `line` is the newline and the indent of the line that it begins on."""
-    inner = f"{line} "
+    inner, value = f"{line} ", _unnamed(value)
     if isinstance(value, dict) and value:
         for number, (key, item) in enumerate(sorted(value.items())):
             yield f"{',' if number else '{'}{inner}{_encode(key)}: "
@@ -82,16 +82,23 @@ def _laid_out(value: object, line: str) -> Iterator[str]:
         yield _encode(value)
 
 
+def _unnamed(value: object) -> object:
+    """Give a NamedTuple as a dict; json would write a list."""
+    return value._asdict() if hasattr(value, "_asdict") else value
+
+
 def _is_flat(value: object) -> bool:
-    """Whether it is a dict, not an empty one, of plain values."""
+    """Whether it is a dict, not an empty one, or a NamedTuple of plain values."""
+    if hasattr(value, "_fields"):
+        return PLAIN.issuperset(map(type, cast("tuple[object, ...]", value)))
     return isinstance(value, dict) and bool(value) and PLAIN.issuperset(map(type, value.values()))
 
 
 def _rows(rows: Sequence[object], line: str) -> Iterator[str]:
-    """Write a list of flat dicts, many at a time."""
+    """Write a list of what is flat, many at a time."""
     inner, deep = f"{line} ", f"{line}  "
     for start in range(0, len(rows), PIECES):
-        text = _encode(rows[start : start + PIECES], f",{deep}")
+        text = _encode([_unnamed(row) for row in rows[start : start + PIECES]], f",{deep}")
         # A string never holds a newline itself, so what looks like the place between two dicts is one.
         between = text[2:-2].replace(f"}},{deep}{{", f"{inner}}},{inner}{{{deep}")
         yield f"{',' if start else '['}{inner}{{{deep}{between}{inner}}}"

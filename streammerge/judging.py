@@ -5,7 +5,8 @@ Only what arrives is judged. What a replay, a rebuild or a rollback folds again 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -13,13 +14,16 @@ from streammerge import figures, files, screen
 from streammerge.errors import TryAgain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from streammerge.arriving import Incoming
     from streammerge.engine import Folded
     from streammerge.folding import Measured
-    from streammerge.ledger import Row
+    from streammerge.ledger import Ledger, Row
+    from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
+
+COMPARED_AT_ONCE = 256
 
 log = structlog.get_logger()
 
@@ -28,12 +32,10 @@ class Changed(TryAgain):
     """What is read of a fine-tune is not what was fetched."""
 
 
-def judge(
-    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, found: Folded
-) -> None:
+def judge(merge: FoldingMerge, row: Row, folded: Iterable[Member], incoming: Incoming, found: Folded) -> None:
     """Raise Refused or Quarantined for a fine-tune that is not to go in; its files are still open.
 
-    folded  the manifest's entries of what is in the merge without it
+    folded  what is in the merge without it
     """
     if incoming.finetune.finish() != row["digest"]:
         files.remove_tree(merge.store.inbox / str(row["id"]))
@@ -43,7 +45,7 @@ def judge(
 
 
 def _weigh(
-    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], incoming: Incoming, measured: Measured
+    merge: FoldingMerge, row: Row, folded: Iterable[Member], incoming: Incoming, measured: Measured
 ) -> None:
     """Write down its figures, and raise where one of them, or its length, speaks against it."""
     limits = merge.config.screens
@@ -75,17 +77,14 @@ def _weigh(
 
 
 def _nearest(
-    merge: FoldingMerge, row: Row, folded: Iterable[dict[str, Any]], sample: bytes
+    merge: FoldingMerge, row: Row, folded: Iterable[Member], sample: bytes
 ) -> tuple[float, str] | None:
     """Find what is most alike of what is folded, by the name that a person knows; not its own revisions."""
-    entries = {
-        entry["digest"]: entry
-        for entry in folded
-        if (entry["source"], entry["name"]) != (row["source"], row["name"])
-    }
-    parts = ([pair for pair in part if pair[0] in entries] for part in merge.ledger.samples())
-    found = figures.nearest(sample, parts)
-    if found is None:
-        return None
-    cosine, digest = found
-    return cosine, "{source}:{name}".format_map(entries[digest]) if digest else ""
+    others = (member for member in folded if member.series != (row["source"], row["name"]))
+    return figures.nearest(sample, _samples(merge.ledger, others))
+
+
+def _samples(ledger: Ledger, members: Iterator[Member]) -> Iterator[list[tuple[str, bytes]]]:
+    """Give the name and the sample of each, of thousands, some at a time."""
+    while part := {member.digest: str(member) for member in islice(members, COMPARED_AT_ONCE)}:
+        yield [(part[digest], sample) for digest, sample in ledger.samples(part)]

@@ -17,7 +17,7 @@ from streammerge import machine
 from streammerge.errors import ConfigError, Damaged, DiskFails, NoSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 FINE_TUNE_STATES = (
@@ -111,7 +111,6 @@ create table served (
 """
 
 MIGRATIONS = (M001_FIRST, M002_MARKS, M003_FIGURES, M004_INDEXES, M005_SERVED)
-SAMPLES_AT_ONCE = 256
 
 
 def now() -> float:
@@ -368,12 +367,11 @@ class Ledger:
         where = f"where state in ({marks})" if states else ""
         return self.rows(f"select * from fine_tunes {where} order by published_at, name, source, id", *states)  # noqa: S608 -- only question marks are put in
 
-    def fine_tune(self, entry: Mapping[str, Any]) -> Row | None:
-        """Read the row of a fine-tune as a manifest names it."""
+    def fine_tune(self, source: str, name: str, revision: str) -> Row | None:
+        """Read the row of a fine-tune by what it was announced as."""
         return self.row(
-            "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
-            entry["source"], entry["name"], entry["revision"],
-        )  # fmt: skip
+            "select * from fine_tunes where (source, name, revision) = (?, ?, ?)", source, name, revision
+        )
 
     def numbers(self, *states: str) -> set[str]:
         """Give the ids of fine-tunes in these states, as the inbox names their folders."""
@@ -411,15 +409,10 @@ class Ledger:
         """Give the bare numbers, for the log."""
         return {name: part["value"] for name, part in self.figures_of(digest).items()}
 
-    def samples(self) -> Iterator[list[tuple[str, bytes]]]:
-        """Give the samples of all that was ever measured with their digests, as they lie, some at a time."""
-        last = 0
-        while found := self.tuples(
-            "select rowid, digest, sample from figures where rowid > ? order by rowid limit ?",
-            last, SAMPLES_AT_ONCE,
-        ):  # fmt: skip
-            yield [(digest, sample) for _, digest, sample in found]
-            last = found[-1][0]
+    def samples(self, digests: Iterable[str]) -> list[tuple[str, bytes]]:
+        """Give the samples of these fine-tunes with their digests, in this order; of those that have one."""
+        query = "select digest, sample from json_each(?) as asked cross join figures on digest = asked.value"
+        return self.tuples(query, json.dumps([*digests]))
 
     # Snapshots
 

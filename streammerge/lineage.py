@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +13,15 @@ if TYPE_CHECKING:
     from streammerge import finalize
     from streammerge.engine import Engine
     from streammerge.folding import Measured
-    from streammerge.ledger import Row
+    from streammerge.members import Member
     from streammerge.plan import Recipe
-
-
-def entry_of(row: Row) -> dict[str, Any]:
-    """What every version lists of a fine-tune and this process remembers."""
-    named = {"name": row["name"], "source": sys.intern(row["source"]), "revision": row["revision"]}
-    return {**named, "digest": row["digest"], "weight": row["factor"]}
 
 
 def manifest_of(
     engine: Engine,
     recipe: Recipe,
     finish: finalize.Finalize,
-    folded: list[dict[str, Any]],
+    folded: list[Member],
     totals: Totals,
     norm: float,
     measured: Measured | None,

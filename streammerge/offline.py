@@ -28,6 +28,7 @@ from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
+from streammerge.members import Member
 from streammerge.methods import Totals
 from streammerge.recipes import added_globs, check_lines, check_method, open_base_headers
 from streammerge.reports import full_store
@@ -182,7 +183,7 @@ def _merge_in(
     lines = card({**manifest, "version": "of a merge"}, base_model=request.base.name)
     furnish(request.base, work / "model", lines, mark, dtype)
     files.write_json(work / "manifest.json", manifest)
-    return manifest
+    return {**manifest, "fine_tunes": [member._asdict() for member in job.folded]}
 
 
 @dataclass
@@ -197,7 +198,7 @@ class Job:
     entries: Mapping[str, Entry]
     state: State
     measured: Measured | None = None
-    folded: list[dict[str, Any]] = field(default_factory=list)
+    folded: list[Member] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)  # what the screens of figures say against fine-tunes
     _samples: list[tuple[str, bytes]] = field(default_factory=list)
     _paths: list[Path] = field(default_factory=list)
@@ -261,7 +262,7 @@ class Job:
                 digest = finetune.finish()
                 self._look(path, incoming, measured)
             if "duplicate" not in self.request.allow:
-                known = {entry["digest"] for entry in self.folded}
+                known = {member.digest for member in self.folded}
                 screen.refuse_known(digest, folded=known, denied=())
             screen.judge(measured, self.base_norm, max_delta_ratio=1.0, allow=self.request.allow)
         except Refused as exc:
@@ -270,9 +271,7 @@ class Job:
         self.state, self.measured = new, measured
         self._samples.append((path.name, measured.sample))
         self._paths.append(path)
-        self.folded.append(
-            {"name": path.name, "source": "", "revision": digest[:16], "digest": digest, "weight": factor}
-        )
+        self.folded.append(Member("", path.name, digest[:16], digest, factor))
         return rendered
 
     def _look(self, path: Path, incoming: Incoming, measured: Measured) -> None:
@@ -297,8 +296,8 @@ class Job:
         """Write the merged model to an empty folder; see Engine.render."""
         with ExitStack() as stack:
             again = [
-                Incoming(stack.enter_context(self.opened(path)), entry["digest"], entry["weight"], path.name)
-                for path, entry in zip(self._paths, self.folded, strict=True)
+                Incoming(stack.enter_context(self.opened(path)), member.digest, member.weight, path.name)
+                for path, member in zip(self._paths, self.folded, strict=True)
                 if methods.rereads(self.recipe.method)
             ]
             return self.engine.render(self.recipe, self.state, self.request.finalize, out, dtype, again)

@@ -111,14 +111,14 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     chosen = choose(merge, old, version)
     removed, _ = snapshots.changes(old, chosen)
     merge.ledger.deny(
-        (entry["digest"] for entry in removed), f"rolled back from version {old.version} to {chosen.version}"
+        (member.digest for member in removed), f"rolled back from version {old.version} to {chosen.version}"
     )
     merge.ledger.set_fact("hold", {"why": f"rolled back to version {chosen.version}", "since": now()})
     for row in reversal.go_back(merge, chosen, "rollback"):
         detail = f"taken out by the rollback to version {chosen.version}"
         merge.ledger.update_fine_tune(row["id"], state="denied", reason="denied", version=None, detail=detail)
     merge.metrics.held.set(1)
-    names = [entry["name"] for entry in removed]
+    names = [member.name for member in removed]
     return {"version": chosen.version, "from": old.version, "denied": names, "held": True}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -23,7 +23,7 @@ from streammerge.fetching import bring_in, identify, published
 from streammerge.figures import RELATIVE
 from streammerge.fit import Tolerance
 from streammerge.judging import Changed, judge
-from streammerge.lineage import entry_of
+from streammerge.members import Member
 from streammerge.methods import Totals
 from streammerge.sealing import render, seal
 from streammerge.state import State
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from streammerge.engine import Folded
     from streammerge.ledger import Row
     from streammerge.recipes import FoldingMerge
-    from streammerge.replay import Entry, Way
+    from streammerge.replay import Way
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
 
@@ -210,34 +210,34 @@ def build(
     if way is not None:
         state, _ = replay.walk(merge, way, building, "before")
         replaced = {(row["source"], row["name"]) for row in rows}
-        kept = [e for e in kept if (e["source"], e["name"]) not in replaced]
-    last, entries = fold_in(merge, rows, state, kept, building)
+        kept = [member for member in kept if member.series not in replaced]
+    last, members = fold_in(merge, rows, state, kept, building)
     if last is None:
         return None
     state = replay.moved(last.state, building / "state")
-    manifest, hashes = render(merge, state, entries, head, version, building, last.measured, last.model)
+    manifest, hashes = render(merge, state, members, head, version, building, last.measured, last.model)
     return seal(merge, building, manifest, hashes)
 
 
 def fold_in(
-    merge: FoldingMerge, rows: Sequence[Row], state: State, kept: Sequence[Entry], building: Path
-) -> tuple[Folded | None, list[Entry]]:
+    merge: FoldingMerge, rows: Sequence[Row], state: State, kept: Sequence[Member], building: Path
+) -> tuple[Folded | None, list[Member]]:
     """Step 4: one after the other, each judged before the next; gives the last, and what is in it now.
 
     What is refused is set aside, and the rest goes on. Only where what stands before it in this version may
     be the reason does it end there: whether that will be accepted is not known, and it is judged anew then.
     """
     last: Folded | None = None
-    entries = list(kept)
+    members = list(kept)
     for row in rows:
         if is_overtaken(merge, row):
             continue
-        entry = entry_of(row)
+        member = Member.of(row["source"], row["name"], row["revision"], row["digest"], row["factor"])
         serve = Serve(building / "model", merge.config.finalize) if row is rows[-1] else None
         with setting_aside(merge, row):
             try:
-                check = partial(judge, merge, row, entries)
-                last = replay.step(merge, entry, last.state if last else state, building, check, serve=serve)
+                check = partial(judge, merge, row, members)
+                last = replay.step(merge, member, last.state if last else state, building, check, serve=serve)
             except Changed as exc:
                 put_back(merge, row, exc)
                 continue
@@ -246,29 +246,27 @@ def fold_in(
                 if last is not None and exc.reason in RELATIVE:
                     break
                 raise
-            entries.append(entry)
+            members.append(member)
             reached("folded")
-    return last, entries
+    return last, members
 
 
 def replacement(merge: FoldingMerge, row: Row, head: Snapshot) -> Way | None:
     """Decide by `on_update` about a changed revision of a folded name: how the old one is taken out first."""
     places = [
-        place
-        for place, entry in enumerate(head.fine_tunes)
-        if (entry["source"], entry["name"]) == (row["source"], row["name"])
+        place for place, member in enumerate(head.fine_tunes) if member.series == (row["source"], row["name"])
     ]
     if not places or merge.config.on_update == "add":
         return None
     if merge.config.on_update == "ignore":
-        revision = head.fine_tunes[places[-1]]["revision"]
+        revision = head.fine_tunes[places[-1]].revision
         raise Refused("ignored", f"revision {revision} is folded and on_update is ignore", hint="")
     return replay.way_without(merge, head, places)
 
 
 def without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Snapshot:
     """Seal a candidate that holds head's fine-tunes but those at `places`; one left by a kill will do."""
-    kept = [entry for place, entry in enumerate(head.fine_tunes) if place not in places]
+    kept = [member for place, member in enumerate(head.fine_tunes) if place not in places]
     if left := left_sealed(merge, head, kept):
         return left
     way = replay.way_without(merge, head, places)
@@ -276,18 +274,18 @@ def without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Sna
     return along(merge, head, way, kept)
 
 
-def left_sealed(merge: FoldingMerge, head: Snapshot, entries: list[dict[str, Any]]) -> Snapshot | None:
-    """Find the undecided candidate that follows head and holds `entries`."""
+def left_sealed(merge: FoldingMerge, head: Snapshot, members: list[Member]) -> Snapshot | None:
+    """Find the undecided candidate that follows head and holds `members`."""
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate'"):
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
         candidate = snapshots.read(path)
-        if (candidate.parent, candidate.fine_tunes) == (head.digest, entries):
+        if (candidate.parent, candidate.fine_tunes) == (head.digest, members):
             return candidate
     return None
 
 
-def along(merge: FoldingMerge, head: Snapshot, way: Way, entries: list[dict[str, Any]]) -> Snapshot:
-    """Seal a candidate that follows head and holds `entries`, to whose state `way` leads."""
+def along(merge: FoldingMerge, head: Snapshot, way: Way, members: list[Member]) -> Snapshot:
+    """Seal a candidate that follows head and holds `members`, to whose state `way` leads."""
     with (
         merge.metrics.stage("fold"),
         machine.errors("folding", merge.store.root),
@@ -295,7 +293,7 @@ def along(merge: FoldingMerge, head: Snapshot, way: Way, entries: list[dict[str,
     ):
         state, measured = replay.walk(merge, way, building, "state")
         reached("folded")
-        manifest, hashes = render(merge, state, entries, head, version, building, measured)
+        manifest, hashes = render(merge, state, members, head, version, building, measured)
         return seal(merge, building, manifest, hashes)
 
 

@@ -112,7 +112,7 @@ def check(config: Config, method: str, place: Path) -> None:
 
 def take_over(merge: FoldingMerge, store: Store, ledger: Ledger, head: Snapshot) -> None:
     """Copy the account, and the files that the old store kept."""
-    folded = {(entry["source"], entry["name"], entry["revision"]) for entry in head.fine_tunes}
+    folded = {member.announced for member in head.fine_tunes}
     with merge.ledger.transaction():
         for table in TAKEN_OVER:
             merge.ledger.insert(table, ledger.rows(f"select * from {table}"))  # noqa: S608 -- our own names
@@ -124,7 +124,8 @@ def take_over(merge: FoldingMerge, store: Store, ledger: Ledger, head: Snapshot)
                 "fine_tunes", [{**row, "id": None, "state": state, "step": step, "version": None}]
             )
     for row in ledger.fine_tunes("folded"):
-        kept, new = store.inbox / str(row["id"]), merge.ledger.fine_tune(row)
+        kept = store.inbox / str(row["id"])
+        new = merge.ledger.fine_tune(row["source"], row["name"], row["revision"])
         if new is not None and kept.is_dir() and not (merge.store.inbox / str(new["id"])).exists():
             copy_kept(kept, merge.store.inbox / str(new["id"]))
 
@@ -146,15 +147,17 @@ def copy_kept(kept: Path, inbox: Path) -> None:
 
 def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
     """Fold everything in its order into one version."""
-    entries = [*head.fine_tunes]
-    if missing := [f"{e['name']} ({why})" for e in entries if (why := replay.absence_of(merge, e))]:
+    members = [*head.fine_tunes]
+    if missing := [
+        f"{member.name} ({why})" for member in members if (why := replay.absence_of(merge, member))
+    ]:
         raise StreammergeError(
             f"the files of {', '.join(missing)} cannot be had",
             hint="publish them again at that revision, or retract them first",
         )
-    if entries:
-        candidate = pipeline.left_sealed(merge, merge.head, entries) or pipeline.along(
-            merge, merge.head, replay.all_of(entries), entries
+    if members:
+        candidate = pipeline.left_sealed(merge, merge.head, members) or pipeline.along(
+            merge, merge.head, replay.all_of(members), members
         )
         if not acceptance.conclude(merge, candidate, asked_for=True):
             note = (merge.ledger.snapshot(candidate.version) or {}).get("note")
@@ -164,5 +167,5 @@ def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
         "method": merge.recipe.method,
         "knobs": dict(merge.recipe.knobs),
         "version": merge.head.version,
-        "count": len(entries),
+        "count": len(members),
     }

@@ -6,14 +6,13 @@ Rows only: imports no torch, so that whoever finds a version without its rows ca
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streammerge import promote, snapshots
 from streammerge.ledger import now
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from streammerge.members import Member
     from streammerge.merging import Merge
     from streammerge.snapshots import Snapshot
 
@@ -26,21 +25,21 @@ def record_accepted(merge: Merge, snapshot: Snapshot) -> None:
         ledger.update_snapshot(snapshot.version, state="accepted", accepted_at=now())
         ledger.set_fact("head", snapshot.path.name)
         added, removed = changes(merge, snapshot)
-        for entry in added:
-            settle(merge, entry, "folded", snapshot.version)
-        names = {(entry["source"], entry["name"]) for entry in added}
-        for entry in removed:
-            is_replaced = (entry["source"], entry["name"]) in names
-            settle(merge, entry, "replaced" if is_replaced else "retracted", None)
+        for member in added:
+            settle(merge, member, "folded", snapshot.version)
+        names = {member.series for member in added}
+        for member in removed:
+            is_replaced = member.series in names
+            settle(merge, member, "replaced" if is_replaced else "retracted", None)
             if not is_replaced:
-                ledger.deny([entry["digest"]], f"taken out in version {snapshot.version}")
+                ledger.deny([member.digest], f"taken out in version {snapshot.version}")
         cause = "fold" if added else "retract" if removed else "first"
         promote.intend(merge, snapshot, cause)
 
 
-def settle(merge: Merge, entry: Mapping[str, Any], state: str, version: int | None) -> None:
+def settle(merge: Merge, member: Member, state: str, version: int | None) -> None:
     """Write down in its row what became of a fine-tune."""
-    if row := merge.ledger.fine_tune(entry):
+    if row := merge.ledger.fine_tune(*member.announced):
         merge.ledger.update_fine_tune(
             row["id"],
             state=state,
@@ -63,11 +62,11 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
         "insert into snapshots (version, digest, parent, state, count, added, removed, sealed_at) "
         "values (?, ?, ?, 'candidate', ?, ?, ?, ?)",
         candidate.version, candidate.digest, candidate.parent, len(candidate.fine_tunes),
-        json.dumps([e["name"] for e in added]), json.dumps([e["name"] for e in removed]), now(),
+        json.dumps([member.name for member in added]), json.dumps([member.name for member in removed]), now(),
     )  # fmt: skip
 
 
-def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[Member], list[Member]]:
     """What a version changed, see snapshots.changes; of a parent that is gone only the last is known."""
     parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
     return snapshots.changes(snapshot, parent) if parent else ([*snapshot.fine_tunes[-1:]], [])

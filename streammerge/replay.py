@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 
     from streammerge.engine import Folded, Serve
     from streammerge.folding import Measured
+    from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
-
-Entry = dict[str, Any]  # a fine-tune as the manifest lists it
 
 log = structlog.get_logger()
 
@@ -45,12 +44,12 @@ log = structlog.get_logger()
 class Way:
     """How a state is reached: from that of `start`, or from nothing, by taking out and folding in.
 
-    out  (place in start's order, entry), the last one first
+    out  (place in start's order, member), the last one first
     """
 
     start: Snapshot | None
-    out: tuple[tuple[int, Entry], ...]
-    folded: tuple[Entry, ...]
+    out: tuple[tuple[int, Member], ...]
+    folded: tuple[Member, ...]
 
     def __len__(self) -> int:
         """How many fine-tunes are read."""
@@ -62,10 +61,10 @@ def way_without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) ->
 
     Raises Refused as needs-replay where bytes are missing or too many folds are needed, saying which.
     """
-    entries = head.fine_tunes
-    subtracted = Way(head, tuple((place, entries[place]) for place in sorted(places, reverse=True)), ())
+    members = head.fine_tunes
+    subtracted = Way(head, tuple((place, members[place]) for place in sorted(places, reverse=True)), ())
     start, count = newest_before(merge, head, min(places))
-    left = tuple(e for place, e in enumerate(entries) if place >= count and place not in places)
+    left = tuple(member for place, member in enumerate(members) if place >= count and place not in places)
     again = Way(start, (), left)
     ways = [subtracted, again] if methods.can_unfold(merge.recipe.method, merge.recipe.knobs) else [again]
     if not again.folded:  # what is left is a state that is there
@@ -76,7 +75,7 @@ def way_without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) ->
             return way
     raise Refused(
         "needs-replay",
-        f"taking out {', '.join(entries[place]['name'] for place in sorted(places))} needs {problems[0]}",
+        f"taking out {', '.join(members[place].name for place in sorted(places))} needs {problems[0]}",
         hint="publish again what is missing, raise replay_limit, or set archive: keep for the next time",
     )
 
@@ -99,58 +98,62 @@ def problem_of(merge: FoldingMerge, way: Way) -> str:
     limit = merge.config.replay_limit
     if len(way.folded) > limit:
         return f"{len(way.folded)} fine-tunes folded again, and replay_limit is {limit}"
-    wanted = [entry for _, entry in way.out] + list(way.folded)
-    missing = [f"{entry['name']} ({why})" for entry in wanted if (why := absence_of(merge, entry))]
+    wanted = [member for _, member in way.out] + list(way.folded)
+    missing = [f"{member.name} ({why})" for member in wanted if (why := absence_of(merge, member))]
     return f"the files of {', '.join(missing)}" if missing else ""
 
 
-def absence_of(merge: FoldingMerge, entry: Entry) -> str:
+def absence_of(merge: FoldingMerge, member: Member) -> str:
     """Say why a folded fine-tune's files cannot be had any more; "" where they can.
 
     What the store kept of it is read, or what its source has; a kept copy that is not what was folded gives
     way to the source's. Raises TryAgain where the source cannot be seen now.
     """
-    row = merge.ledger.fine_tune(entry)
+    row = merge.ledger.fine_tune(*member.announced)
     if row is None:
         return "the ledger does not know it"
     inbox = merge.store.inbox / str(row["id"])
-    if inbox.exists() and is_right(merge, inbox, entry):
+    if inbox.exists() and is_right(merge, inbox, member):
         return ""
     rotten = "what the store kept of it is damaged, and " if inbox.exists() else ""
-    source = source_of(merge, entry)
+    source = source_of(merge, member)
     if source is None:
-        return f"{rotten}source {entry['source']} is no longer configured"
-    if why := source.absence(entry["name"], entry["revision"], entry["digest"]):
+        return f"{rotten}source {member.source} is no longer configured"
+    if why := source.absence(member.name, member.revision, member.digest):
         return rotten + why
     if rotten:
-        log.warning("replay.kept_files_damaged", folder=str(inbox), fine_tune=entry["name"])
+        log.warning("replay.kept_files_damaged", folder=str(inbox), fine_tune=member.name)
         files.remove_tree(inbox)
     return ""
 
 
-def is_right(merge: FoldingMerge, inbox: Path, entry: Entry) -> bool:
+def is_right(merge: FoldingMerge, inbox: Path, member: Member) -> bool:
     """Whether a folder of the inbox holds what was folded."""
     sidecar = methods.sidecar(merge.recipe.method)
     try:
-        found = identity(published(inbox, entry["name"]), merge.engine.beat, sidecar)
-        return found == str(entry["digest"])
+        found = identity(published(inbox, member.name), merge.engine.beat, sidecar)
+        return found == str(member.digest)
     except (OSError, Refused, Incomplete):
         return False
 
 
-def source_of(merge: FoldingMerge, entry: Entry) -> Source | None:
+def source_of(merge: FoldingMerge, member: Member) -> Source | None:
     """Open the source that a fine-tune came from, if it is still configured."""
-    part = next((part for part in merge.config.sources if part.name == entry["source"]), None)
+    part = next((part for part in merge.config.sources if part.name == member.source), None)
     return open_source(part, merge.config, merge.engine.beat) if part else None
 
 
-def require_kept(merge: FoldingMerge, entries: Sequence[Entry]) -> None:
+def require_kept(merge: FoldingMerge, members: Sequence[Member]) -> None:
     """Before a fold by a method that reads all fine-tunes again: raise TryAgain where some cannot be had."""
     if not methods.rereads(merge.recipe.method):
         return
     kept = {row["id"] for row in merge.ledger.fine_tunes() if (merge.store.inbox / str(row["id"])).is_dir()}
-    gone = [entry for entry in entries if (merge.ledger.fine_tune(entry) or {"id": None})["id"] not in kept]
-    if missing := [f"{entry['name']} ({why})" for entry in gone if (why := absence_of(merge, entry))]:
+    gone = [
+        member
+        for member in members
+        if (merge.ledger.fine_tune(*member.announced) or {"id": None})["id"] not in kept
+    ]
+    if missing := [f"{member.name} ({why})" for member in gone if (why := absence_of(merge, member))]:
         raise TryAgain(
             f"{merge.recipe.method} reads every fine-tune again, and cannot have {', '.join(missing)}",
             hint="publish them again, or retract them",
@@ -158,23 +161,23 @@ def require_kept(merge: FoldingMerge, entries: Sequence[Entry]) -> None:
 
 
 @contextmanager
-def opened(merge: FoldingMerge, entry: Entry) -> Iterator[Incoming]:
+def opened(merge: FoldingMerge, member: Member) -> Iterator[Incoming]:
     """Open a folded fine-tune again, from the inbox or from its source at its revision."""
-    row = merge.ledger.fine_tune(entry)
+    row = merge.ledger.fine_tune(*member.announced)
     if row is None:
-        raise TryAgain(f"the ledger does not know {entry['name']}", hint="publish it again")
+        raise TryAgain(f"the ledger does not know {member.name}", hint="publish it again")
     inbox = merge.store.inbox / str(row["id"])
     merge.needed.add(str(row["id"]))
     try:
         if not inbox.exists():
-            source = source_of(merge, entry)
+            source = source_of(merge, member)
             if source is None:
-                raise TryAgain(f"source {entry['source']} is no longer configured", hint="configure it again")
+                raise TryAgain(f"source {member.source} is no longer configured", hint="configure it again")
             bring_in(merge, row, source)
         tolerance = Tolerance(merge.config.tensors.ignore_extra, merge.config.tensors.allow_missing)
-        path = published(inbox, entry["name"])
+        path = published(inbox, member.name)
         with screen.examine(path, merge.base_entries, merge.recipe, tolerance) as finetune:
-            yield Incoming(finetune, entry["digest"], entry["weight"], entry["source"])
+            yield Incoming(finetune, member.digest, member.weight, member.source)
     finally:
         merge.needed.discard(str(row["id"]))
         if not is_archived(merge.config, row["state"], inbox):
@@ -209,16 +212,16 @@ def go(merge: FoldingMerge, way: Way, building: Path, name: str) -> tuple[State,
         return (copied(state, building / name) if way.start else state), None
     for number in range(1, len(way) + 1):
         is_out = number <= len(way.out)
-        place, entry = way.out[number - 1] if is_out else (None, way.folded[number - 1 - len(way.out)])
-        log.info("replay.step", step=number, of=len(way), fine_tune=entry["name"], out=is_out)
-        state, measured, _ = step(merge, entry, state, building, partial(prove, entry), place=place)
+        place, member = way.out[number - 1] if is_out else (None, way.folded[number - 1 - len(way.out)])
+        log.info("replay.step", step=number, of=len(way), fine_tune=member.name, out=is_out)
+        state, measured, _ = step(merge, member, state, building, partial(prove, member), place=place)
         reached("replayed")
     return moved(state, building / name), measured
 
 
 def step(
     merge: FoldingMerge,
-    entry: Entry,
+    member: Member,
     state: State,
     building: Path,
     check: Callable[[Incoming, Folded], None],
@@ -230,10 +233,10 @@ def step(
 
     check  raises where it is not to count, the fine-tune still open; the older state stays as it was then
     """
-    folder = building / f"step-{state.totals.count}-{entry['digest'][:12]}"
+    folder = building / f"step-{state.totals.count}-{member.digest[:12]}"
     folder.mkdir()
     try:
-        with opened(merge, entry) as incoming:
+        with opened(merge, member) as incoming:
             if place is None:
                 found = merge.engine.fold(merge.recipe, incoming, state, folder, serve)
             else:
@@ -247,12 +250,12 @@ def step(
     return found
 
 
-def prove(entry: Entry, incoming: Incoming, found: Folded) -> None:
+def prove(member: Member, incoming: Incoming, found: Folded) -> None:
     """Raise TryAgain where what was read is not what was folded once; what was not read proves nothing."""
     is_read = found.state.has_slots()
-    if is_read and incoming.finetune.finish() != entry["digest"]:
+    if is_read and incoming.finetune.finish() != member.digest:
         raise TryAgain(
-            f"{entry['name']} is not what was folded once: its content has changed",
+            f"{member.name} is not what was folded once: its content has changed",
             hint="publish the content of that revision again",
         )
 
@@ -275,6 +278,6 @@ def copied(state: State, folder: Path) -> State:
     return State(folder, state.hashes, state.totals)
 
 
-def all_of(entries: Sequence[Entry]) -> Way:
+def all_of(members: Sequence[Member]) -> Way:
     """Fold everything, from nothing."""
-    return Way(None, (), tuple(entries))
+    return Way(None, (), tuple(members))

@@ -203,7 +203,7 @@ def show(store: Store, ledger: Ledger, which: str) -> dict[str, Any]:
         "digest": snapshot.digest,
         "parent": snapshot.parent,
         "path": str(snapshot.path),
-        "fine_tunes": snapshot.fine_tunes,
+        "fine_tunes": [member._asdict() for member in snapshot.fine_tunes],
         **{key: snapshot.manifest[key] for key in keys},
         "tuning": snapshot.manifest.get("tuning"),
         "added_globs": snapshot.manifest["added"],

@@ -45,7 +45,7 @@ def retract(merge: FoldingMerge, *, name: str) -> dict[str, Any]:
         return {**answer, "version": merge.head.version, "state": "retracted"}
     for _ in range(ATTEMPTS):
         head = merge.head
-        places = [p for p, entry in enumerate(head.fine_tunes) if entry["digest"] == row["digest"]]
+        places = [p for p, member in enumerate(head.fine_tunes) if member.digest == row["digest"]]
         if not places or row["state"] != "folded":
             raise StreammergeError(
                 f"{row['name']} is {row['state']}, not folded; nothing to retract",

@@ -48,7 +48,7 @@ def relabel_snapshots(merge: Merge, chosen: Snapshot) -> None:
 
 def relabel_fine_tunes(merge: Merge, chosen: Snapshot) -> None:
     """What the chosen version holds is folded, whatever came since."""
-    folded = {(entry["source"], entry["name"], entry["revision"]) for entry in chosen.fine_tunes}
+    folded = {member.announced for member in chosen.fine_tunes}
     for row in merge.ledger.fine_tunes():
         if (row["source"], row["name"], row["revision"]) in folded and row["state"] != "folded":
             merge.ledger.update_fine_tune(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from streammerge.folding import Measured
+    from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.state import State
@@ -34,7 +35,7 @@ log = structlog.get_logger()
 def render(
     merge: FoldingMerge,
     state: State,
-    folded: list[dict[str, Any]],
+    folded: list[Member],
     parent: Snapshot | None,
     version: int,
     building: Path,
@@ -49,7 +50,7 @@ def render(
     account = None
     with ExitStack() as stack:
         rereads = methods.rereads(recipe.method)
-        again = [stack.enter_context(replay.opened(merge, e)) for e in folded if rereads]
+        again = [stack.enter_context(replay.opened(merge, member)) for member in folded if rereads]
 
         def write(choice: tuning.Choice, out: Path) -> Rendered:
             with merge.metrics.stage("render"):
@@ -62,11 +63,12 @@ def render(
         if is_tuned(merge, state, folded, parent):
             new = new_names(folded, parent)
             finish, model, account = tuned(merge, building, model, write, new)
-        for incoming, entry in zip(again, folded, strict=False):  # none but for methods that read them again
-            if incoming.finetune.finish() != entry["digest"]:
-                files.remove_tree(merge.store.inbox / str((merge.ledger.fine_tune(entry) or {}).get("id")))
+        for incoming, member in zip(again, folded, strict=False):  # none but for methods that read them again
+            if incoming.finetune.finish() != member.digest:
+                kept = (merge.ledger.fine_tune(*member.announced) or {}).get("id")
+                files.remove_tree(merge.store.inbox / str(kept))
                 raise TryAgain(
-                    f"what the store kept of {entry['name']} is not what was folded",
+                    f"what the store kept of {member.name} is not what was folded",
                     hint="it is fetched from its source again",
                 )
     rendered, norm = model
@@ -91,9 +93,7 @@ def render(
     return manifest, hashes
 
 
-def is_tuned(
-    merge: FoldingMerge, state: State, folded: Sequence[Mapping[str, Any]], parent: Snapshot | None
-) -> bool:
+def is_tuned(merge: FoldingMerge, state: State, folded: Sequence[Member], parent: Snapshot | None) -> bool:
     """Whether there is something to choose: a delta, and for two shares something old and something new."""
     section = merge.config.tune
     if section is None or not state.has_slots():
@@ -102,10 +102,10 @@ def is_tuned(
     return section.kind != "pareto" or has_both
 
 
-def new_names(folded: Sequence[Mapping[str, Any]], parent: Snapshot | None) -> frozenset[str]:
+def new_names(folded: Sequence[Member], parent: Snapshot | None) -> frozenset[str]:
     """Give the names of the fine-tunes that a version has and its parent has not."""
     known = set(parent.digests) if parent else set()
-    return frozenset(entry["name"] for entry in folded if entry["digest"] not in known)
+    return frozenset(member.name for member in folded if member.digest not in known)
 
 
 def mix_of(merge: FoldingMerge, choice: tuning.Choice, parent: Snapshot | None) -> Mix | None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import threading
 from collections import OrderedDict
 from contextlib import suppress
@@ -21,11 +20,13 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import files, machine
+from streammerge import files, machine, members
 from streammerge.errors import ConfigError, Damaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+
+    from streammerge.members import Member
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
@@ -123,7 +124,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One sealed version; `digest` is the sha256 of its manifest.json."""
+    """One sealed version; `digest` is the sha256 of its manifest.json, whose fine-tunes are Members here."""
 
     path: Path
     digest: str
@@ -140,14 +141,14 @@ class Snapshot:
         return self.manifest["parent"]  # type: ignore[no-any-return]
 
     @property
-    def fine_tunes(self) -> Sequence[dict[str, Any]]:
-        """What is folded, in order: name, source, revision, digest, weight."""
+    def fine_tunes(self) -> Sequence[Member]:
+        """What is folded, in order."""
         return self.manifest["fine_tunes"]  # type: ignore[no-any-return]
 
     @property
     def digests(self) -> list[str]:
         """Digests of what is folded, in order."""
-        return [fine_tune["digest"] for fine_tune in self.fine_tunes]
+        return [fine_tune.digest for fine_tune in self.fine_tunes]
 
     @property
     def model(self) -> Path:
@@ -185,22 +186,13 @@ class Manifests:
     def put(self, snapshot: Snapshot) -> Snapshot:
         """Remember a manifest that was proven, or just written; gives it back."""
         with self._lock:
-            _hold_once(snapshot.manifest["fine_tunes"], [other for _, other in self._known.values()])
+            known = [other.fine_tunes for _, other in self._known.values()]
+            members.hold_once(snapshot.manifest["fine_tunes"], known)
             self._known[snapshot.path.name] = (_stamp(snapshot.path), snapshot)
             self._known.move_to_end(snapshot.path.name)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
         return snapshot
-
-
-def _hold_once(entries: list[dict[str, Any]], known: Sequence[Snapshot]) -> None:
-    """Have what versions list alike, nearly all of what they list, in memory once; so few sources' names."""
-    for other in known:
-        for place, (entry, same) in enumerate(zip(entries, other.fine_tunes, strict=False)):
-            if entry is not same and entry == same:
-                entries[place] = same
-    for entry in entries:
-        entry["source"] = sys.intern(entry["source"])
 
 
 def _stamp(path: Path) -> Stamp:
@@ -273,6 +265,7 @@ def read(path: Path) -> Snapshot:
         raise Damaged(
             f"{path}/manifest.json is not the one that was sealed: its hash is {digest[:12]}", hint=RESTORE
         )
+    manifest["fine_tunes"] = members.read(manifest["fine_tunes"])
     snapshot = Snapshot(path, digest, manifest)
     with suppress(FileNotFoundError):  # what was removed since it was read is not remembered
         MANIFESTS.put(snapshot)
@@ -308,16 +301,16 @@ def _chain(digests: Sequence[str]) -> list[int]:
     return list(accumulate(digests, lambda so_far, digest: hash((so_far, digest)), initial=0))
 
 
-def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[Member], list[Member]]:
     """Which fine-tunes a version has that its parent has not, and the other way round."""
     ours, theirs = snapshot.fine_tunes, parent.fine_tunes
     pairs = zip(ours, theirs, strict=False)  # of thousands, most are in both, at the beginning
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0]["digest"] == pair[1]["digest"], pairs))
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0].digest == pair[1].digest, pairs))
     ours, theirs = ours[alike:], theirs[alike:]
-    kept = {entry["digest"] for entry in ours} & {entry["digest"] for entry in theirs}
+    kept = {member.digest for member in ours} & {member.digest for member in theirs}
     return (
-        [entry for entry in ours if entry["digest"] not in kept],
-        [entry for entry in theirs if entry["digest"] not in kept],
+        [member for member in ours if member.digest not in kept],
+        [member for member in theirs if member.digest not in kept],
     )
 
 

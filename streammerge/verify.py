@@ -91,7 +91,7 @@ def state_differences(snapshot: Snapshot, settings: Mapping[str, Any]) -> Iterat
     """Compare the totals of a manifest with the fine-tunes it lists and with the state beside it."""
     totals, listed = snapshot.manifest["totals"], snapshot.fine_tunes
     yield from disagreements("count", totals["count"], len(listed))
-    yield from disagreements("factors", totals["factors"], sum(entry["weight"] for entry in listed))
+    yield from disagreements("factors", totals["factors"], sum(member.weight for member in listed))
     twice = [digest for digest, times in Counter(snapshot.digests).items() if times > 1]
     for digest in twice:
         yield f"fine-tune {digest[:12]} is in it more than once"

@@ -172,7 +172,7 @@ class Desk:
     @property
     def folded(self) -> list[str]:
         """Names in the merge, in folding order."""
-        return [entry["name"] for entry in self.merge.head.fine_tunes]
+        return [member.name for member in self.merge.head.fine_tunes]
 
     @property
     def served(self) -> Path:

@@ -259,7 +259,7 @@ def test_a_backup_while_the_daemon_folds_can_be_restored(tmp_path: Path) -> None
         assert daemon.ask("status")["current"]["version"] >= restored["version"]
     current, _ = configfile.load(site.config)
     manifest = snapshots.read((current.store / "current").resolve())
-    assert sorted(entry["name"] for entry in manifest.fine_tunes) == names
+    assert sorted(member.name for member in manifest.fine_tunes) == names
 
 
 def test_a_store_may_be_moved(shop: Shop, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_batch_has_the_bytes_of_one_by_one(
         keys = {"method": method, "batch": batch, "archive": "keep"}
         with opened(tmp_path, f"store-{batch}", residency=residency, **keys) as merge:
             work_off(merge)
-            assert [entry["name"] for entry in merge.head.fine_tunes] == list(NAMES)
+            assert [member.name for member in merge.head.fine_tunes] == list(NAMES)
             assert merge.head.version == count
             found.append((weights_of(merge), merge.head.manifest["totals"], merge.head.manifest["health"]))
     assert found[0] == found[1] == found[2]
@@ -178,7 +178,7 @@ def test_the_culprit_is_found_and_the_innocent_are_folded(
     with opened(tmp_path, "batch", batch=8, **gated(tmp_path, bad)) as merge:
         work_off(merge)
         assert states(merge) == {n: "quarantined" if n in culprits else "folded" for n in names}
-        assert [entry["name"] for entry in merge.head.fine_tunes] == good
+        assert [member.name for member in merge.head.fine_tunes] == good
         assert {row["reason"] for row in merge.ledger.fine_tunes("quarantined")} == {"quality"}
         assert "below 1" in merge.ledger.fine_tunes("quarantined")[0]["detail"]
         assert weights_of(merge) == expected
@@ -227,7 +227,7 @@ def test_what_happens_during_the_search_is_respected(base: dict[str, Tensor], tm
             "a": "denied", "c": "folded", "d": "denied", "e": "denied", "f": "denied", "g": "folded",
             "h": "quarantined",
         }  # fmt: skip
-        assert sorted(entry["name"] for entry in merge.head.fine_tunes) == ["c", "g"]
+        assert sorted(member.name for member in merge.head.fine_tunes) == ["c", "g"]
 
 
 def test_a_suspect_that_passes_alone_goes_in(base: dict[str, Tensor], tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_new_revision_of_what_is_folded_goes_alone(base: dict[str, Tensor], tm
         assert versions(merge) == [
             ("accepted", ["a", "c"]), ("accepted", ["e"]), ("accepted", ["a"]), ("accepted", ["f"])
         ]  # fmt: skip
-        assert [entry["name"] for entry in merge.head.fine_tunes] == ["c", "e", "a", "f"]
+        assert [member.name for member in merge.head.fine_tunes] == ["c", "e", "a", "f"]
 
 
 def test_a_person_is_asked_for_each(base: dict[str, Tensor], tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_what_a_refused_fold_left_in_memory_is_not_rendered(base: dict[str, Tens
             assert states(merge)["z"] == "refused"
             merge.ledger.ask("retract", {"name": "d"})
             assert turn(merge)
-            assert [entry["name"] for entry in merge.head.fine_tunes] == ["a", "b", "c"]
+            assert [member.name for member in merge.head.fine_tunes] == ["a", "b", "c"]
             before = snapshots.by_version(merge.store, 3)
             assert before is not None
             old = snapshots.read(before).manifest["files"]

@@ -30,6 +30,7 @@ from streammerge import (
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
+from streammerge.members import Member
 from streammerge.metrics import Metrics
 from streammerge.sources import open_source
 from streammerge.targets import open_target
@@ -210,7 +211,7 @@ def test_what_two_versions_list_is_in_memory_once(merge: Merge, monkeypatch: pyt
     monkeypatch.setattr(snapshots, "MANIFESTS", snapshots.Manifests(most=2))
     one, two = (snapshots.read(path) for path in snapshots.folders(merge.store.snapshots)[-2:])
     assert one.fine_tunes[0] is two.fine_tunes[0]
-    assert two.fine_tunes[0]["source"] is two.fine_tunes[1]["source"]
+    assert two.fine_tunes[0].source is two.fine_tunes[1].source
 
 
 ENTRIES = st.lists(st.integers(0, 9), unique=True)
@@ -222,7 +223,7 @@ def test_what_a_version_changed_is_told_from_what_it_kept(
 ) -> None:
     """Added and removed are the differences of the two lists, each in its order, wherever they part."""
     lists = [
-        [{"digest": str(n)} for n in [*common, *(n for n in rest if n not in common)]]
+        [Member("team", str(n), "1", str(n), 1.0) for n in [*common, *(n for n in rest if n not in common)]]
         for rest in (ours, theirs)
     ]
     one, two = (snapshots.Snapshot(Path(), "", {"fine_tunes": entries}) for entries in lists)
@@ -235,7 +236,7 @@ def test_a_manifest_of_thousands_is_written_a_piece_at_a_time(tmp_path: Path) ->
     """What is held while it is written does not grow with what it lists."""
     peaks = []
     for count in (1_000, 20_000):
-        entries = [{"name": f"ft{n}", "digest": f"{n:064x}", "weight": 1.0} for n in range(count)]
+        entries = [Member("team", f"ft{n}", "1", f"{n:064x}", 1.0) for n in range(count)]
         tracemalloc.start()
         digest = files.write_json(tmp_path / str(count), {"fine_tunes": entries})
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -92,9 +92,9 @@ def test_every_announcement_is_folded_once(tmp_path: Path, count: int) -> None:
             done.set()
         for thread in others:
             thread.result()
-        entries = desk.merge.head.fine_tunes
-        assert {entry["name"]: entry["digest"] for entry in entries} == publishing.result()
-        assert len(entries) == count
+        members = desk.merge.head.fine_tunes
+        assert {member.name: member.digest for member in members} == publishing.result()
+        assert len(members) == count
         assert set(desk.states().values()) == {"folded"}
         faults = [seen.fault for seen in hub.requests() if seen.fault]
         assert set(faults) == {"429", "500", "cut", "hang", "slow", "flip"}

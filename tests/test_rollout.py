@@ -121,7 +121,7 @@ class Fleet:
     @property
     def folded(self) -> list[str]:
         """What is in head, in order."""
-        return [entry["name"] for entry in self.merge.head.fine_tunes]
+        return [member.name for member in self.merge.head.fine_tunes]
 
     def state(self, name: str) -> str:
         """What became of a fine-tune."""

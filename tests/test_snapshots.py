@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge import files, snapshots
+from streammerge import files, members, snapshots
 from streammerge.errors import ConfigError, Damaged
+from streammerge.members import Member
 from streammerge.snapshots import Snapshot, Store
 
 NOBODY = 65534
@@ -81,7 +82,7 @@ def test_a_sealed_folder_is_read_only(store: Store) -> None:
 
 def test_the_digest_is_the_manifests(store: Store) -> None:
     """A snapshot's digest is the sha256 of manifest.json and stands in its folder's name."""
-    snapshot = sealed(store, 42, parent="p", fine_tunes=[{"digest": "d", "source": "s"}])
+    snapshot = sealed(store, 42, parent="p", fine_tunes=[Member("s", "n", "r", "d", 1.0)])
     content = (snapshot.path / "manifest.json").read_bytes()
     assert snapshot.digest == hashlib.sha256(content).hexdigest()
     assert snapshot.path.name == f"000042-{snapshot.digest[:12]}"
@@ -123,6 +124,18 @@ def test_a_manifest_is_written_as_the_json_library_writes_it(value: object, dept
     ):
         text = json.dumps(nested, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
         assert files.canonical_json(nested) == f"{text}\n".encode()
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT, TEXT, st.floats(allow_nan=False, allow_infinity=False))))
+def test_a_member_is_written_as_the_object_that_it_is_read_from(listed: list[Any]) -> None:
+    """In a manifest, and alone; what is read again is the same."""
+    found = [Member(*fields) for fields in listed]
+    objects = [member._asdict() for member in found]
+    assert files.canonical_json({"a": found}) == files.canonical_json({"a": objects})
+    assert files.canonical_json({"a": found[:1]}) == files.canonical_json({"a": objects[:1]})
+    for member, plain in zip(found, objects, strict=True):
+        assert files.canonical_json(member) == files.canonical_json(plain)
+    assert members.read(json.loads(files.canonical_json(found))) == found
 
 
 def test_the_same_content_has_the_same_digest(store: Store) -> None:
@@ -178,7 +191,7 @@ def test_an_unprivileged_user_seals_and_accepts(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """
         import os, pathlib, sys
-        from streammerge import files, snapshots
+        from streammerge import files, members, snapshots
         os.chdir(sys.argv[1])
         if os.getuid() == 0:
             os.setgid(int(sys.argv[2]))

@@ -20,6 +20,7 @@ from streammerge.config import Config
 from streammerge.config.targets import HubTarget
 from streammerge.devhub import DevHub
 from streammerge.errors import ConfigError, Stopped, TryAgain
+from streammerge.members import Member
 from streammerge.targets import Told, open_target
 from streammerge.targets.hub import HubRepository, publish
 
@@ -352,8 +353,8 @@ def test_a_hub_that_is_away_is_tried_again(place: Place) -> None:
 )
 def test_a_strangers_name_stays_a_name(name: str) -> None:
     """Nothing in a name, source or revision ends its code span, its table row or the front matter."""
-    facts = {**FOLDED, "name": name, "source": name, "revision": name}
-    manifest = {"version": 1, "method": "opcm", "knobs": {}, "finalize": {}, "fine_tunes": [facts]}
+    member = Member(source=name, name=name, revision=name, digest="d" * 64, weight=1.0)
+    manifest = {"version": 1, "method": "opcm", "knobs": {}, "finalize": {}, "fine_tunes": [member]}
     text = "".join(card(manifest, base_model='x"\n---\nlicense: evil', hubs={name: "http://hub"}))
     _, front, rest = text.split("---\n", 2)
     assert yaml.safe_load(front).keys() == {"base_model", "base_model_relation", "tags"}

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge import credentials, machine, programs
+from streammerge import credentials, machine, members, programs
 from streammerge.card import card
 from streammerge.config.sources import HubSource
 from streammerge.errors import ConfigError, TryAgain, Withheld
@@ -152,6 +152,7 @@ def publish(job: Job) -> None:
     commit, stale = head.sha, _stale(head, wanted, snapshot)
     if stale or not _holds(head, wanted, snapshot):
         _refuse_another(head, job)
+        manifest["fine_tunes"] = members.read(manifest["fine_tunes"])
         text = "".join(card(manifest, base_model=job.base_model, library=_library(snapshot), hubs=job.hubs))
         changes: dict[str, Path | bytes | None] = {path: snapshot / "model" / path for path in wanted}
         changes |= {CARD: text.encode(), **dict.fromkeys(stale)}

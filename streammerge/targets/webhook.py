@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
-from streammerge import credentials, web
+from streammerge import credentials, members, web
 from streammerge.errors import ConfigError, TryAgain
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.config.targets import WebhookTarget
+    from streammerge.members import Member
     from streammerge.targets import Told
 
 EVENT = "streammerge.version.promoted"
@@ -111,22 +112,22 @@ def _changes(manifest: dict[str, Any], versions: Path) -> dict[str, Any]:
 
     Null where the parent is not on disk any more.
     """
-    before: list[dict[str, Any]] = []
+    before: list[Member] = []
     if manifest["parent"]:
         parent = next(versions.glob(f"*-{manifest['parent'][:12]}"), None)
         if parent is None:
             return {"added": None, "removed": None}
-        before = _manifest(parent)["fine_tunes"]
-    now = manifest["fine_tunes"]
+        before = members.read(_manifest(parent)["fine_tunes"])
+    now = members.read(manifest["fine_tunes"])
     return {"added": _without(now, before), "removed": _without(before, now)}
 
 
-def _without(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, str]]:
-    known = {entry["digest"] for entry in others}
+def _without(some: list[Member], others: list[Member]) -> list[dict[str, str]]:
+    known = {member.digest for member in others}
     return [
-        {key: entry[key] for key in ("name", "source", "revision", "digest")}
-        for entry in some
-        if entry["digest"] not in known
+        {key: getattr(member, key) for key in ("name", "source", "revision", "digest")}
+        for member in some
+        if member.digest not in known
     ]
 
 

@@ -1,0 +1,66 @@
+"""What a version lists of each fine-tune in it: thousands, perhaps, in the order in which they were folded.
+
+Imports nothing of ours: whoever reads a manifest reads them alike.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+class Member(NamedTuple):
+    """One fine-tune of a version; files.write_json writes it as an object.
+
+    source, name  where it was published; a newer revision takes its place
+    revision      how the source names what was folded
+    digest        of the content that was folded
+    weight        what its delta was multiplied with
+    """
+
+    source: str
+    name: str
+    revision: str
+    digest: str
+    weight: float
+
+    @classmethod
+    def of(cls, source: str, name: str, revision: str, digest: str, weight: float) -> Self:
+        """Make one of many: the few sources and weights that there are lie in memory once."""
+        return cls(sys.intern(source), name, revision, digest, _shared(weight))
+
+    @property
+    def series(self) -> tuple[str, str]:
+        """What its revisions have in common: source and name."""
+        return self.source, self.name
+
+    @property
+    def announced(self) -> tuple[str, str, str]:
+        """What it was announced as: source, name, revision."""
+        return self.source, self.name, self.revision
+
+    def __str__(self) -> str:
+        """Name it as a person does."""
+        return f"{self.source}:{self.name}"
+
+
+@lru_cache(maxsize=64)
+def _shared(weight: float) -> float:
+    return weight
+
+
+def read(listed: Iterable[Mapping[str, Any]]) -> list[Member]:
+    """Read the fine-tunes of a manifest that was parsed."""
+    return [Member.of(*(entry[field] for field in Member._fields)) for entry in listed]
+
+
+def hold_once(members: list[Member], known: Iterable[Sequence[Member]]) -> None:
+    """Have what versions list alike, nearly all of what they list, in memory once."""
+    for other in known:
+        for place, (member, same) in enumerate(zip(members, other, strict=False)):
+            if member is not same and member == same:
+                members[place] = same
