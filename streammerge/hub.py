@@ -40,7 +40,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from streammerge import __version__
 from streammerge.errors import RateLimited, Refused, Stopped, TryAgain, Withheld
-from streammerge.hubfacts import read_repo, read_seconds
+from streammerge.hubfacts import Repo, read_repo, read_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-    from streammerge.hubfacts import File, Repo
+    from streammerge.hubfacts import File
 
 MAX_JSON_BYTES = 64 << 20
 LARGEST_PAGE = 1000  # repositories; the Hub gives no more at once
@@ -115,12 +115,10 @@ class Hub:
             *(("expand", field) for field in wanted),
         ]
         for _ in range(MAX_PAGES):
-            found, links = self._json("GET", url, params=params)
+            found, links = self._json("GET", url, params=params, each=read_repo)
             if not isinstance(found, list):
                 raise _nonsense(url)
-            page = [repo for item in found if (repo := read_repo(item))]
-            del found  # many repositories as the Hub tells them
-            yield page
+            yield [repo for repo in found if isinstance(repo, Repo)]
             following = links.get("next", {}).get("url", "")
             if following and not following.startswith(self.endpoint + "/"):
                 raise _nonsense(url)
@@ -315,11 +313,15 @@ class Hub:
         *,
         params: list[tuple[str, str]] | None = None,
         body: dict[str, Any] | None = None,
+        each: Callable[[dict[str, Any]], object] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Ask for JSON, a few times where that may help; gives it, of bounded size, and the links."""
+        """Ask for JSON, a few times where that may help; gives it, of bounded size, and the links.
+
+        each  makes of every object in it, as it is read, what is wanted of it
+        """
         for attempt in range(ATTEMPTS):
             try:
-                return self._ask(method, url, params, body)
+                return self._ask(method, url, params, body, each)
             except TryAgain as exc:
                 if isinstance(exc, NOT_AT_ONCE) or attempt == ATTEMPTS - 1:
                     raise
@@ -327,7 +329,12 @@ class Hub:
         raise AssertionError  # the last attempt returns or raises
 
     def _ask(
-        self, method: str, url: str, params: list[tuple[str, str]] | None, body: dict[str, Any] | None
+        self,
+        method: str,
+        url: str,
+        params: list[tuple[str, str]] | None,
+        body: dict[str, Any] | None,
+        each: Callable[[dict[str, Any]], object] | None,
     ) -> tuple[Any, dict[str, Any]]:
         with self._answer(method, url, params=params, body=body) as answer:
             content, deadline = bytearray(), time.monotonic() + STALL_TIMEOUTS * self.timeout
@@ -338,7 +345,7 @@ class Hub:
                     raise TryAgain(f"{url}: the answer is too long or takes too long", hint=ROUTE)
             links = {key: dict(link) for key, link in answer.links.items() if key}
         try:
-            return json.loads(content), links
+            return json.loads(content, object_hook=each), links
         except (ValueError, RecursionError) as exc:
             raise _nonsense(url) from exc
 

@@ -14,7 +14,7 @@ HASH = re.compile(r"[0-9a-fA-F]{40,64}")
 LARGEST_FILE = 1 << 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """A file of a repository at one commit; sha256 for LFS files, else the git object id."""
 
@@ -29,7 +29,7 @@ class File:
         return self.sha256 or self.oid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Repo:
     """What a Hub says of a repository; `files` only where they were asked for; times since 1970."""
 

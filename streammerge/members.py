@@ -5,12 +5,13 @@ Imports nothing of ours: whoever reads a manifest reads them alike.
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Member(NamedTuple):
@@ -53,9 +54,18 @@ def _shared(weight: float) -> float:
     return weight
 
 
-def read(listed: Iterable[Mapping[str, Any]]) -> list[Member]:
-    """Read the fine-tunes of a manifest that was parsed."""
-    return [Member.of(*(entry[field] for field in Member._fields)) for entry in listed]
+FIELDS = frozenset(Member._fields)
+
+
+def parse(manifest: bytes) -> Any:  # noqa: ANN401 -- whatever JSON it is
+    """Read a manifest, with Members for what it lists; ValueError for what is no JSON."""
+    return json.loads(
+        manifest, object_hook=_recognised
+    )  # each at once: all of them as dicts take thrice that
+
+
+def _recognised(found: dict[str, Any]) -> Member | dict[str, Any]:
+    return Member.of(**found) if found.keys() == FIELDS else found
 
 
 def hold_once(members: list[Member], known: Iterable[Sequence[Member]]) -> None:

@@ -257,7 +257,7 @@ def read(path: Path) -> Snapshot:
             if found := MANIFESTS.get(path):
                 return found
             content = (path / "manifest.json").read_bytes()
-        manifest = json.loads(content)
+        manifest = members.parse(content)
     except (OSError, ValueError) as exc:
         raise Damaged(f"{path}/manifest.json cannot be read: {exc}", hint=RESTORE) from exc
     digest = hashlib.sha256(content).hexdigest()
@@ -265,7 +265,6 @@ def read(path: Path) -> Snapshot:
         raise Damaged(
             f"{path}/manifest.json is not the one that was sealed: its hash is {digest[:12]}", hint=RESTORE
         )
-    manifest["fine_tunes"] = members.read(manifest["fine_tunes"])
     snapshot = Snapshot(path, digest, manifest)
     with suppress(FileNotFoundError):  # what was removed since it was read is not remembered
         MANIFESTS.put(snapshot)

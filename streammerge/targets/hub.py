@@ -146,13 +146,12 @@ def publish(job: Job) -> None:
     """Bring the branch to the version by at most one commit, and make sure that it has its tag."""
     hub = Hub(endpoint=job.endpoint, token=job.token)
     snapshot = Path(job.snapshot)
-    manifest = json.loads((snapshot / "manifest.json").read_bytes())
+    manifest = members.parse((snapshot / "manifest.json").read_bytes())
     wanted = _files(manifest)
     head = _head(hub, job)
     commit, stale = head.sha, _stale(head, wanted, snapshot)
     if stale or not _holds(head, wanted, snapshot):
         _refuse_another(head, job)
-        manifest["fine_tunes"] = members.read(manifest["fine_tunes"])
         text = "".join(card(manifest, base_model=job.base_model, library=_library(snapshot), hubs=job.hubs))
         changes: dict[str, Path | bytes | None] = {path: snapshot / "model" / path for path in wanted}
         changes |= {CARD: text.encode(), **dict.fromkeys(stale)}

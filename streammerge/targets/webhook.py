@@ -117,8 +117,8 @@ def _changes(manifest: dict[str, Any], versions: Path) -> dict[str, Any]:
         parent = next(versions.glob(f"*-{manifest['parent'][:12]}"), None)
         if parent is None:
             return {"added": None, "removed": None}
-        before = members.read(_manifest(parent)["fine_tunes"])
-    now = members.read(manifest["fine_tunes"])
+        before = _manifest(parent)["fine_tunes"]
+    now = manifest["fine_tunes"]
     return {"added": _without(now, before), "removed": _without(before, now)}
 
 
@@ -132,7 +132,7 @@ def _without(some: list[Member], others: list[Member]) -> list[dict[str, str]]:
 
 
 def _manifest(snapshot: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((snapshot / "manifest.json").read_bytes())
+    found: dict[str, Any] = members.parse((snapshot / "manifest.json").read_bytes())
     return found
 
 
