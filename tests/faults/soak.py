@@ -58,9 +58,10 @@ NOTES = (
         "until then, and what a queue takes that grows without end is no leak."
     ),
     (
-        "Memory is read from /proc, in each life after its first fine-tunes; its slope is the median over "
-        "all pairs of readings within one life, with Sen's 95 % interval, so what a restart gives back "
-        "counts for nothing."
+        "Memory is read from /proc twenty times a second, in each life after its first fine-tunes; the least "
+        "between two readings is one, so what a fold takes and gives back counts for nothing. Its slope is "
+        "the median over all pairs of readings within one life, with Sen's 95 % interval, so what a restart "
+        "gives back counts for nothing either."
     ),
     (
         "Seconds of the clock include the publishing process, the hub and whatever else ran on the machine; "
@@ -89,16 +90,20 @@ class Scale:
 
 
 # What caches take until they are full is no leak and takes longer than a life of the short form, which can
-# show gross ones only. The last life of the long form is long.
+# show gross ones only. The long form has one long life: Python takes and gives memory by the MiB, so a KiB
+# per fine-tune is told from chance only over thousands.
 SCALES = {
     "short": Scale((50, 50, 50), warm=25, bound=1 << 16, every=5, seconds=300),
-    "full": Scale((200, *[250] * 8, 900), warm=150, bound=1 << 10, every=10, seconds=2700),
+    "full": Scale((*[150] * 5, 1900, 250, 250), warm=100, bound=1 << 10, every=10, seconds=2700),
 }
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the process holds after so many fine-tunes were decided; CPU seconds are of this life."""
+    """What the process holds after so many fine-tunes were decided; CPU seconds are of this life.
+
+    rss, anonymous  bytes, the least since the reading before: without what a fold or a look takes meanwhile
+    """
 
     at: float  # time.monotonic
     count: int
@@ -203,12 +208,14 @@ class Soak:
     def live(self, daemon: Daemon, life: Life, goal: int) -> None:
         """Publish, never many ahead, until so many are decided; read off what the process holds."""
         next_reading = self.decided()
+        least = held(daemon)
         while (decided := self.decided()) < goal and time.monotonic() < self._deadline:
             while self.arrivals.revisions < decided + AHEAD + self.put_off() and self.untold() < BEHIND:
                 self.arrivals.publish(self.is_folded)
+            least = [*map(min, least, held(daemon))]
             if decided >= next_reading:
-                self.read(daemon, life)
-                next_reading = decided + self.scale.every
+                self.read(daemon, life, *least)
+                next_reading, least = decided + self.scale.every, held(daemon)
             time.sleep(0.05)
             assert daemon.process.poll() is None, f"it ended with {daemon.process.returncode}"
 
@@ -256,23 +263,22 @@ class Soak:
             left = self.ledger.rows(f"select * from fine_tunes where state in {OPEN}")
             self.differences.append(f"{exc}: {left[:5]}")
 
-    def read(self, daemon: Daemon, life: Life) -> None:
+    def read(self, daemon: Daemon, life: Life, rss: int, anonymous: int) -> None:
         """Take one reading."""
         proc = f"/proc/{daemon.process.pid}"
         started = time.monotonic()
         _, metrics = daemon.get("/metrics")
         scrape_seconds = time.monotonic() - started
-        with open(f"{proc}/status") as file:  # noqa: PTH123 -- no path of a file system
-            status = dict(line.split(":", 1) for line in file.read().splitlines())
-        with open(f"{proc}/stat") as file:  # noqa: PTH123
+        status = status_of(daemon)
+        with open(f"{proc}/stat") as file:  # noqa: PTH123 -- no path of a file system
             times = file.read().rpartition(")")[2].split()[11:13]
         ledger = [self.site.store / f"ledger.db{ending}" for ending in ("", "-wal")]
         life.readings.append(
             Reading(
                 at=started,
                 count=self.decided(),
-                rss=int(status["VmRSS"].split()[0]) * 1024,
-                anonymous=int(status["RssAnon"].split()[0]) * 1024,
+                rss=rss,
+                anonymous=anonymous,
                 descriptors=len(os.listdir(f"{proc}/fd")),  # noqa: PTH208
                 threads=int(status["Threads"]),
                 series=sum(not line.startswith("#") for line in metrics.splitlines()),
@@ -362,6 +368,18 @@ class Soak:
             *((f"{name}, first and last tenth", f"{one:.3f} and {two:.3f} s") for name, (one, two) in shown),
             ("all of it", f"{self.seconds:,.0f} s"),
         ]
+
+
+def status_of(daemon: Daemon) -> dict[str, str]:
+    """What the kernel says of the process, in its words."""
+    with open(f"/proc/{daemon.process.pid}/status") as file:  # noqa: PTH123 -- no path of a file system
+        return dict(line.split(":", 1) for line in file.read().splitlines())
+
+
+def held(daemon: Daemon) -> list[int]:
+    """Give the resident set, and the anonymous part of it, in bytes."""
+    status = status_of(daemon)
+    return [int(status[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon")]
 
 
 def mib(first: float, last: float) -> str:
