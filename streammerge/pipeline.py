@@ -126,7 +126,7 @@ def fold(merge: FoldingMerge, rows: Sequence[Row]) -> Snapshot | None:
         way = None  # for a fine-tune that goes alone
         for row in batches.side_by_side(rows, head, on_update=merge.config.on_update):
             with setting_aside(merge, row):
-                refuse_known(merge, row, {*head.digests, *(earlier["digest"] for earlier in screened)})
+                refuse_known(merge, row, head, screened)
                 way = replacement(merge, row, head)
                 if is_screened(merge, row):
                     screened.append(row)
@@ -142,14 +142,13 @@ def fold(merge: FoldingMerge, rows: Sequence[Row]) -> Snapshot | None:
             return None
 
 
-def refuse_known(merge: FoldingMerge, row: Row, folded: Collection[str]) -> None:
+def refuse_known(merge: FoldingMerge, row: Row, head: Snapshot, screened: Sequence[Row]) -> None:
     """Raise Refused for content that is in the merge, or about to be, or was taken out."""
-    others = {
-        r["digest"]
-        for r in merge.ledger.fine_tunes("pending", "awaiting_approval")
-        if r["id"] < row["id"] and r["digest"]
-    }
-    screen.refuse_known(row["digest"], folded={*folded, *others}, denied=merge.ledger.denied())
+    before = [r for r in merge.ledger.fine_tunes("pending", "awaiting_approval") if r["id"] < row["id"]]
+    digest = row["digest"]
+    is_there = any(digest == member.digest for member in head.fine_tunes)  # no set of all for one question
+    folded = {digest} if is_there else {other["digest"] for other in (*before, *screened)}
+    screen.refuse_known(digest, folded=folded, denied=merge.ledger.denied())
 
 
 def is_screened(merge: FoldingMerge, row: Row) -> bool:

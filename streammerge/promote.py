@@ -94,7 +94,8 @@ def is_unproven(merge: Merge) -> bool:
     Nothing is folded upon it meanwhile: the next wrong answer names who is to blame.
     """
     unproven = set(merge.ledger.fact("unproven") or ())
-    return not unproven.isdisjoint(merge.head.digests) and merge.head.version not in verified(merge)
+    holds_one = any(member.digest in unproven for member in merge.head.fine_tunes) if unproven else False
+    return holds_one and merge.head.version not in verified(merge)
 
 
 def awaited(merge: Merge) -> set[int]:
