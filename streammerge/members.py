@@ -58,10 +58,11 @@ FIELDS = frozenset(Member._fields)
 
 
 def parse(manifest: bytes) -> Any:  # noqa: ANN401 -- whatever JSON it is
-    """Read a manifest, with Members for what it lists; ValueError for what is no JSON."""
-    return json.loads(
-        manifest, object_hook=_recognised
-    )  # each at once: all of them as dicts take thrice that
+    """Read a manifest, with Members for what it lists; ValueError for what cannot be one."""
+    try:  # each at once: all of them as dicts would take thrice as much
+        return json.loads(manifest, object_hook=_recognised)
+    except (TypeError, RecursionError) as exc:
+        raise ValueError(f"it is no manifest: {exc}") from exc
 
 
 def _recognised(found: dict[str, Any]) -> Member | dict[str, Any]:

@@ -145,10 +145,9 @@ def fold(merge: FoldingMerge, rows: Sequence[Row]) -> Snapshot | None:
 def refuse_known(merge: FoldingMerge, row: Row, head: Snapshot, screened: Sequence[Row]) -> None:
     """Raise Refused for content that is in the merge, or about to be, or was taken out."""
     before = [r for r in merge.ledger.fine_tunes("pending", "awaiting_approval") if r["id"] < row["id"]]
-    digest = row["digest"]
-    is_there = any(digest == member.digest for member in head.fine_tunes)  # no set of all for one question
-    folded = {digest} if is_there else {other["digest"] for other in (*before, *screened)}
-    screen.refuse_known(digest, folded=folded, denied=merge.ledger.denied())
+    digest, waiting = row["digest"], {other["digest"] for other in (*before, *screened)}
+    is_there = digest in waiting or any(digest == member.digest for member in head.fine_tunes)
+    screen.refuse_known(digest, folded={digest} if is_there else (), denied=merge.ledger.denied())
 
 
 def is_screened(merge: FoldingMerge, row: Row) -> bool:

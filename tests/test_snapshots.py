@@ -138,6 +138,17 @@ def test_a_member_is_written_as_the_object_that_it_is_read_from(listed: list[Any
     assert members.parse(files.canonical_json(found)) == found
 
 
+@pytest.mark.parametrize("value", ['{"a": 1}', "[1]", "null", "7"])
+@pytest.mark.parametrize("field", ["source", "weight"])
+def test_a_manifest_that_lists_something_else_is_damaged(store: Store, field: str, value: str) -> None:
+    """Whatever was written into it: it is named, and is no crash."""
+    snapshot = accepted(store)
+    listed = {**dict.fromkeys(Member._fields, "x"), "weight": 1.0, field: json.loads(value)}
+    opened(snapshot.path / "manifest.json").write_text(json.dumps({"version": 0, "fine_tunes": [listed]}))
+    with pytest.raises(Damaged, match=r"manifest\.json (cannot be read|is not the one that was sealed)"):
+        snapshots.read(snapshot.path)
+
+
 def test_the_same_content_has_the_same_digest(store: Store) -> None:
     """Sealing the same files with the same facts twice gives the same digest; one byte more another."""
     one = sealed(store)
