@@ -133,8 +133,9 @@ def explain(error: ValidationError, path: Path, origins: dict[str, str]) -> Conf
         elif found["type"] == "union_tag_not_found":
             message = "needs a type, for example type: directory"
         elif found["type"] == "union_tag_invalid":
-            message = f"type {found['ctx']['tag']!r} is none of {found['ctx']['expected_tags']}"
-            hints += _nearest(found["ctx"]["tag"], found["ctx"]["expected_tags"])
+            tag, expected = str(found["ctx"]["tag"])[:80], found["ctx"]["expected_tags"]
+            message = f"type {tag!r} is none of {expected}"
+            hints += _nearest(tag, expected)
         if not key:
             lines.append(message)
         else:
