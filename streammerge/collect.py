@@ -33,6 +33,7 @@ def tidy(merge: Merge) -> list[str]:
     """Remove what is no longer needed: decided inbox folders, old refused candidates, old versions."""
     with merge.turn:
         tidy_inbox(merge)
+        snapshots.remove_hidden(merge.store)
         old = collectable(merge)
         removed = [path.name for path in old]
         for path in old:

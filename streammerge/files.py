@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 << 20
 PIECES = 64  # of a long list, written at once
 PLAIN = frozenset({str, int, float, bool, type(None)})
+DOOMED = ".building-removed-"  # what is being removed is hidden so, and what is being built by the first word
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file (btrfs, xfs)
 
 
@@ -202,7 +203,7 @@ def remove_tree(folder: Path) -> None:
         return
     doomed = folder
     if not folder.name.startswith("."):
-        doomed = folder.with_name(f".building-removed-{folder.name}")
+        doomed = folder.with_name(f"{DOOMED}{folder.name}")
         remove_tree(doomed)
         folder.chmod(0o755)
         folder.rename(doomed)

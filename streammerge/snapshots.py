@@ -418,12 +418,18 @@ def differences(
 
 def remove_unfinished(store: Store) -> list[str]:
     """Remove what a kill left half made; give the names."""
+    removed = remove_hidden(store, ".building-")
+    (store.root / ".current.tmp").unlink(missing_ok=True)
+    return removed
+
+
+def remove_hidden(store: Store, beginning: str = files.DOOMED) -> list[str]:
+    """Remove what is hidden under such names: by itself, what a failing disk left of a removal."""
     removed = []
     for parent in (store.candidates, store.snapshots):
-        for path in parent.glob(".building-*"):
+        for path in parent.glob(f"{beginning}*"):
             files.remove_tree(path)
             removed.append(path.name)
-    (store.root / ".current.tmp").unlink(missing_ok=True)
     return removed
 
 

@@ -8,9 +8,9 @@ import models
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shops import Shop
+from shops import Shop, obey
 
-from streammerge import offline, reports, snapshots
+from streammerge import files, offline, reports, snapshots
 from streammerge.collect import spaced
 from streammerge.errors import StreammergeError
 
@@ -94,6 +94,20 @@ def test_gc_keeps_older_states_only_where_taking_out_replays(
     shop.configure(keep_spaced=0)
     shop.do("gc")
     assert len(numbers(shop)) == 2
+
+
+def test_gc_ends_a_removal_that_a_failing_disk_cut_short(tmp_path: Path) -> None:
+    """Without a start in between, and leaves alone what is being built."""
+    shop = Shop(tmp_path / "shop", "average")
+    shop.work()
+    rest = shop.config.store / "snapshots" / f"{files.DOOMED}000001-0123456789ab" / "model"
+    rest.mkdir(parents=True)
+    rest.parent.chmod(0o555)
+    building = shop.config.store / "candidates" / ".building-000009"
+    building.mkdir()
+    obey(shop.config, "gc", {})
+    assert not rest.parent.exists()
+    assert building.exists()
 
 
 def numbers(shop: Shop) -> list[int]:
