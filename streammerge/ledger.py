@@ -343,9 +343,7 @@ class Ledger:
 
     def announce(self, source: str, name: str, revision: str, **columns: object) -> int | None:
         """Add a fine-tune's revision; None if it stands here already."""
-        if self.row(
-            "select 1 from fine_tunes where (source, name, revision) = (?, ?, ?)", source, name, revision
-        ):
+        if self.fine_tune(source, name, revision):
             return None
         columns = {"published_at": now(), "first_seen_at": now(), **columns, "updated_at": now()}
         names = ", ".join(columns)

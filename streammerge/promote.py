@@ -94,7 +94,7 @@ def is_unproven(merge: Merge) -> bool:
     Nothing is folded upon it meanwhile: the next wrong answer names who is to blame.
     """
     unproven = set(merge.ledger.fact("unproven") or ())
-    holds_one = any(member.digest in unproven for member in merge.head.fine_tunes) if unproven else False
+    holds_one = bool(unproven) and any(member.digest in unproven for member in merge.head.fine_tunes)
     return holds_one and merge.head.version not in verified(merge)
 
 

@@ -158,9 +158,7 @@ def record(
         "insert or replace into sightings values (?, ?, ?, ?, ?)",
         config.name, sighting.name, sighting.fingerprint, sighting.revision, first_seen,
     )  # fmt: skip
-    waiting = ledger.row(
-        "select * from fine_tunes where (source, name, revision) = (?, ?, '')", config.name, sighting.name
-    )
+    waiting = ledger.fine_tune(config.name, sighting.name, "")
     if not sighting.revision:
         if waiting is None and sighting.is_withheld and is_missed(ledger, config.name, sighting.name):
             return
@@ -173,12 +171,7 @@ def record(
     if waiting is not None:
         published = waiting["published_at"]
         ledger.write("delete from fine_tunes where id = ?", waiting["id"])
-    if row := ledger.row(
-        "select * from fine_tunes where (source, name, revision) = (?, ?, ?)",
-        config.name,
-        sighting.name,
-        sighting.revision,
-    ):
+    if row := ledger.fine_tune(config.name, sighting.name, sighting.revision):
         supersede(merge, config.name, sighting.name, but=row["id"])
         if row["state"] in ("superseded", "gone", "waiting", "replaced"):  # it came back
             ledger.update_fine_tune(
