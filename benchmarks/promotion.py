@@ -23,7 +23,7 @@ from streammerge import acceptance, recovery, rollout, screen, snapshots
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.ledger import now
-from streammerge.members import Member
+from streammerge.members import Member, Members
 from streammerge.metrics import Metrics
 from streammerge.targets import open_target
 
@@ -64,7 +64,8 @@ def sealed(merge: FoldingMerge, version: int, gib: float) -> Snapshot:
     member = Member("team", f"fine-tune-{version}", "1", f"{version:064x}", 1.0)
     head = merge.head
     manifest = {
-        **head.manifest, "version": version, "parent": head.digest, "fine_tunes": [*head.fine_tunes, member],
+        **head.manifest, "version": version, "parent": head.digest,
+        "fine_tunes": Members([*head.fine_tunes, member]),
     }  # fmt: skip
     return snapshots.seal(merge.store, building, manifest, hashes)
 

@@ -109,7 +109,8 @@ class Books:
         parent = self.by_digest.get(snapshot.parent or "")
         if parent is None:
             return
-        for key, members in zip(("added", "removed"), snapshots.changes(snapshot, parent), strict=True):
+        changes = snapshot.fine_tunes.changes(parent.fine_tunes)
+        for key, members in zip(("added", "removed"), changes, strict=True):
             names = [member.name for member in members]
             if json.loads(row[key]) != names:
                 yield self.disagreement(snapshot, key, row[key], json.dumps(names))

@@ -125,13 +125,13 @@ def stepping_stones(merge: Merge) -> list[Path]:
     config = merge.config
     if not config.keep_spaced or merge.settings.get("removal") == "subtract":
         return []
-    head, marked = merge.head, merge.ledger.fact("damaged") or {}
+    digests, marked = merge.head.digests, merge.ledger.fact("damaged") or {}
     line = {
         count: path
-        for path, count in snapshots.line_of(merge.store, head.digests)
+        for path, count in snapshots.line_of(merge.store, digests)
         if str(snapshots.number(path)) not in marked
     }
-    wanted = spaced(line, len(head.digests), first=config.keep, levels=config.keep_spaced)
+    wanted = spaced(line, len(digests), first=config.keep, levels=config.keep_spaced)
     return [line[count] for count in wanted]
 
 

@@ -15,15 +15,17 @@ import shutil
 import socket
 import stat
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING
 
 from streammerge.errors import Locked
 from streammerge.machine import named
+from streammerge.members import Members
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 CHUNK_BYTES = 8 << 20
 PIECES = 64  # of a long list, written at once
@@ -36,7 +38,7 @@ def canonical_json(value: object) -> bytes:
     """Give the one byte string for `value`: sorted keys, no spaces to spare, a final newline.
 
     It is what the json library writes with an indent of 1; but that does so word by word in Python, and a
-    manifest lists thousands of fine-tunes. Keys are strings; a NamedTuple is the dict of its fields.
+    manifest lists thousands of fine-tunes. Keys are strings; of Members each is an object.
     """
     return b"".join(_pieces(value))
 
@@ -65,16 +67,17 @@ def _encode(value: object, separator: str = ", ") -> str:
 
 def _laid_out(value: object, line: str) -> Iterator[str]:
     """Write a value piece by piece; `line` is the newline and the indent of the line that it begins on."""
-    inner, value = f"{line} ", _unnamed(value)
+    inner = f"{line} "
     if isinstance(value, dict) and value:
         for number, (key, item) in enumerate(sorted(value.items())):
             yield f"{',' if number else '{'}{inner}{_encode(key)}: "
             yield from _laid_out(item, inner)
         yield f"{line}}}"
-    elif isinstance(value, list | tuple) and value:
-        if all(map(_is_flat, value)):
-            yield from _rows(value, line)
-            return
+    elif isinstance(value, Members):
+        yield from _rows((member._asdict() for member in value), line)
+    elif isinstance(value, list | tuple) and all(map(_is_flat, value)):
+        yield from _rows(value, line)
+    elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield f"{',' if number else '['}{inner}"
             yield from _laid_out(item, inner)
@@ -83,27 +86,22 @@ def _laid_out(value: object, line: str) -> Iterator[str]:
         yield _encode(value)
 
 
-def _unnamed(value: object) -> object:
-    """Give a NamedTuple as a dict; json would write a list."""
-    return value._asdict() if hasattr(value, "_asdict") else value
-
-
 def _is_flat(value: object) -> bool:
-    """Whether it is a dict, not an empty one, or a NamedTuple of plain values."""
-    if hasattr(value, "_fields"):
-        return PLAIN.issuperset(map(type, cast("tuple[object, ...]", value)))
+    """Whether it is a dict, not an empty one, of plain values."""
     return isinstance(value, dict) and bool(value) and PLAIN.issuperset(map(type, value.values()))
 
 
-def _rows(rows: Sequence[object], line: str) -> Iterator[str]:
+def _rows(rows: Iterable[object], line: str) -> Iterator[str]:
     """Write a list of what is flat, many at a time."""
     inner, deep = f"{line} ", f"{line}  "
-    for start in range(0, len(rows), PIECES):
-        text = _encode([_unnamed(row) for row in rows[start : start + PIECES]], f",{deep}")
+    rest, start = iter(rows), ""
+    while some := list(islice(rest, PIECES)):
+        text = _encode(some, f",{deep}")
         # A string never holds a newline itself, so what looks like the place between two dicts is one.
         between = text[2:-2].replace(f"}},{deep}{{", f"{inner}}},{inner}{{{deep}")
-        yield f"{',' if start else '['}{inner}{{{deep}{between}{inner}}}"
-    yield f"{line}]"
+        yield f"{start or '['}{inner}{{{deep}{between}{inner}}}"
+        start = ","
+    yield f"{line}]" if start else "[]"
 
 
 def sha256_file(path: Path) -> str:

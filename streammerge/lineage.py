@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from streammerge import finalize
     from streammerge.engine import Engine
     from streammerge.folding import Measured
-    from streammerge.members import Member
+    from streammerge.members import Members
     from streammerge.plan import Recipe
 
 
@@ -21,7 +21,7 @@ def manifest_of(
     engine: Engine,
     recipe: Recipe,
     finish: finalize.Finalize,
-    folded: list[Member],
+    folded: Members,
     totals: Totals,
     norm: float,
     measured: Measured | None,

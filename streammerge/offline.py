@@ -28,7 +28,7 @@ from streammerge.finalize import Finalize
 from streammerge.fit import Tolerance
 from streammerge.furnish import furnish
 from streammerge.lineage import manifest_of
-from streammerge.members import Member
+from streammerge.members import Member, Members
 from streammerge.methods import Totals
 from streammerge.recipes import added_globs, check_lines, check_method, open_base_headers
 from streammerge.reports import full_store
@@ -198,7 +198,7 @@ class Job:
     entries: Mapping[str, Entry]
     state: State
     measured: Measured | None = None
-    folded: list[Member] = field(default_factory=list)
+    folded: Members = field(default_factory=Members)
     flags: list[str] = field(default_factory=list)  # what the screens of figures say against fine-tunes
     _samples: list[tuple[str, bytes]] = field(default_factory=list)
     _paths: list[Path] = field(default_factory=list)
@@ -271,7 +271,7 @@ class Job:
         self.state, self.measured = new, measured
         self._samples.append((path.name, measured.sample))
         self._paths.append(path)
-        self.folded.append(Member("", path.name, digest[:16], digest, factor))
+        self.folded += [Member("", path.name, digest[:16], digest, factor)]
         return rendered
 
     def _look(self, path: Path, incoming: Incoming, measured: Measured) -> None:

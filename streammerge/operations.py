@@ -109,7 +109,7 @@ def rollback(merge: Merge, *, version: int | None = None) -> dict[str, Any]:
     """
     old = merge.head
     chosen = choose(merge, old, version)
-    removed, _ = snapshots.changes(old, chosen)
+    removed, _ = old.fine_tunes.changes(chosen.fine_tunes)
     merge.ledger.deny(
         (member.digest for member in removed), f"rolled back from version {old.version} to {chosen.version}"
     )

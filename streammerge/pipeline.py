@@ -23,7 +23,7 @@ from streammerge.fetching import bring_in, identify, published
 from streammerge.figures import RELATIVE
 from streammerge.fit import Tolerance
 from streammerge.judging import Changed, judge
-from streammerge.members import Member
+from streammerge.members import Member, Members
 from streammerge.methods import Totals
 from streammerge.sealing import render, seal
 from streammerge.state import State
@@ -208,7 +208,7 @@ def build(
     if way is not None:
         state, _ = replay.walk(merge, way, building, "before")
         replaced = {(row["source"], row["name"]) for row in rows}
-        kept = [member for member in kept if member.series not in replaced]
+        kept = kept.without({n for n, member in enumerate(kept) if member.series in replaced})
     last, members = fold_in(merge, rows, state, kept, building)
     if last is None:
         return None
@@ -218,19 +218,18 @@ def build(
 
 
 def fold_in(
-    merge: FoldingMerge, rows: Sequence[Row], state: State, kept: Sequence[Member], building: Path
-) -> tuple[Folded | None, list[Member]]:
+    merge: FoldingMerge, rows: Sequence[Row], state: State, members: Members, building: Path
+) -> tuple[Folded | None, Members]:
     """Step 4: one after the other, each judged before the next; gives the last, and what is in it now.
 
     What is refused is set aside, and the rest goes on. Only where what stands before it in this version may
     be the reason does it end there: whether that will be accepted is not known, and it is judged anew then.
     """
     last: Folded | None = None
-    members = list(kept)
     for row in rows:
         if is_overtaken(merge, row):
             continue
-        member = Member.of(row["source"], row["name"], row["revision"], row["digest"], row["factor"])
+        member = Member(row["source"], row["name"], row["revision"], row["digest"], row["factor"])
         serve = Serve(building / "model", merge.config.finalize) if row is rows[-1] else None
         with setting_aside(merge, row):
             try:
@@ -244,27 +243,28 @@ def fold_in(
                 if last is not None and exc.reason in RELATIVE:
                     break
                 raise
-            members.append(member)
+            members += [member]
             reached("folded")
     return last, members
 
 
 def replacement(merge: FoldingMerge, row: Row, head: Snapshot) -> Way | None:
     """Decide by `on_update` about a changed revision of a folded name: how the old one is taken out first."""
-    places = [
-        place for place, member in enumerate(head.fine_tunes) if member.series == (row["source"], row["name"])
-    ]
-    if not places or merge.config.on_update == "add":
+    if merge.config.on_update == "add":
+        return None
+    series = row["source"], row["name"]
+    earlier = {n: member for n, member in enumerate(head.fine_tunes) if member.series == series}
+    if not earlier:
         return None
     if merge.config.on_update == "ignore":
-        revision = head.fine_tunes[places[-1]].revision
+        revision = earlier[max(earlier)].revision
         raise Refused("ignored", f"revision {revision} is folded and on_update is ignore", hint="")
-    return replay.way_without(merge, head, places)
+    return replay.way_without(merge, head, earlier)
 
 
 def without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Snapshot:
     """Seal a candidate that holds head's fine-tunes but those at `places`; one left by a kill will do."""
-    kept = [member for place, member in enumerate(head.fine_tunes) if place not in places]
+    kept = head.fine_tunes.without(places)
     if left := left_sealed(merge, head, kept):
         return left
     way = replay.way_without(merge, head, places)
@@ -272,7 +272,7 @@ def without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) -> Sna
     return along(merge, head, way, kept)
 
 
-def left_sealed(merge: FoldingMerge, head: Snapshot, members: list[Member]) -> Snapshot | None:
+def left_sealed(merge: FoldingMerge, head: Snapshot, members: Members) -> Snapshot | None:
     """Find the undecided candidate that follows head and holds `members`."""
     for row in merge.ledger.rows("select * from snapshots where state = 'candidate'"):
         path = merge.store.candidates / snapshots.folder_name(row["version"], row["digest"])
@@ -282,7 +282,7 @@ def left_sealed(merge: FoldingMerge, head: Snapshot, members: list[Member]) -> S
     return None
 
 
-def along(merge: FoldingMerge, head: Snapshot, way: Way, members: list[Member]) -> Snapshot:
+def along(merge: FoldingMerge, head: Snapshot, way: Way, members: Members) -> Snapshot:
     """Seal a candidate that follows head and holds `members`, to whose state `way` leads."""
     with (
         merge.metrics.stage("fold"),
@@ -328,5 +328,5 @@ def first_version(merge: FoldingMerge) -> None:
     with machine.errors("writing version 0", merge.store.root):
         building = snapshots.begin(merge.store, 0)
         state = State(building / "state", {}, Totals())
-        manifest, hashes = render(merge, state, [], None, 0, building)
+        manifest, hashes = render(merge, state, Members(), None, 0, building)
         conclude(merge, seal(merge, building, manifest, hashes))

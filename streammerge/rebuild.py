@@ -147,7 +147,7 @@ def copy_kept(kept: Path, inbox: Path) -> None:
 
 def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
     """Fold everything in its order into one version."""
-    members = [*head.fine_tunes]
+    members = head.fine_tunes
     if missing := [
         f"{member.name} ({why})" for member in members if (why := replay.absence_of(merge, member))
     ]:
@@ -157,7 +157,7 @@ def fold_all(merge: FoldingMerge, head: Snapshot) -> dict[str, Any]:
         )
     if members:
         candidate = pipeline.left_sealed(merge, merge.head, members) or pipeline.along(
-            merge, merge.head, replay.all_of(members), members
+            merge, merge.head, replay.Way(None, (), members), members
         )
         if not acceptance.conclude(merge, candidate, asked_for=True):
             note = (merge.ledger.snapshot(candidate.version) or {}).get("note")

@@ -67,6 +67,8 @@ def record_candidate(merge: Merge, candidate: Snapshot) -> None:
 
 
 def changes(merge: Merge, snapshot: Snapshot) -> tuple[list[Member], list[Member]]:
-    """What a version changed, see snapshots.changes; of a parent that is gone only the last is known."""
+    """What a version changed, see Members.changes; of a parent that is gone only the last is known."""
     parent = snapshots.by_digest(merge.store, snapshot.parent) if snapshot.parent else None
-    return snapshots.changes(snapshot, parent) if parent else ([*snapshot.fine_tunes[-1:]], [])
+    if parent is None:
+        return [*snapshot.fine_tunes][-1:], []
+    return snapshot.fine_tunes.changes(parent.fine_tunes)

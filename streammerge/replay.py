@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import structlog
@@ -20,6 +21,7 @@ from streammerge.errors import Damaged, Refused, TryAgain
 from streammerge.fetching import bring_in, published
 from streammerge.fit import Tolerance
 from streammerge.headers import Incomplete
+from streammerge.members import Member, Members
 from streammerge.methods import Totals
 from streammerge.sources import open_source
 from streammerge.state import ROLL_BACK, State
@@ -27,12 +29,11 @@ from streammerge.steps import reached
 from streammerge.weights import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator
     from pathlib import Path
 
     from streammerge.engine import Folded, Serve
     from streammerge.folding import Measured
-    from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.sources import Source
@@ -49,7 +50,7 @@ class Way:
 
     start: Snapshot | None
     out: tuple[tuple[int, Member], ...]
-    folded: tuple[Member, ...]
+    folded: Members
 
     def __len__(self) -> int:
         """How many fine-tunes are read."""
@@ -61,11 +62,10 @@ def way_without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) ->
 
     Raises Refused as needs-replay where bytes are missing or too many folds are needed, saying which.
     """
-    members = head.fine_tunes
-    subtracted = Way(head, tuple((place, members[place]) for place in sorted(places, reverse=True)), ())
+    out = tuple((place, member) for place, member in enumerate(head.fine_tunes) if place in places)
+    subtracted = Way(head, out[::-1], Members())
     start, count = newest_before(merge, head, min(places))
-    left = tuple(member for place, member in enumerate(members) if place >= count and place not in places)
-    again = Way(start, (), left)
+    again = Way(start, (), head.fine_tunes.without({*range(count), *places}))
     ways = [subtracted, again] if methods.can_unfold(merge.recipe.method, merge.recipe.knobs) else [again]
     if not again.folded:  # what is left is a state that is there
         ways = [again]
@@ -75,7 +75,7 @@ def way_without(merge: FoldingMerge, head: Snapshot, places: Collection[int]) ->
             return way
     raise Refused(
         "needs-replay",
-        f"taking out {', '.join(members[place].name for place in sorted(places))} needs {problems[0]}",
+        f"taking out {', '.join(member.name for _, member in out)} needs {problems[0]}",
         hint="publish again what is missing, raise replay_limit, or set archive: keep for the next time",
     )
 
@@ -143,7 +143,7 @@ def source_of(merge: FoldingMerge, member: Member) -> Source | None:
     return open_source(part, merge.config, merge.engine.beat) if part else None
 
 
-def require_kept(merge: FoldingMerge, members: Sequence[Member]) -> None:
+def require_kept(merge: FoldingMerge, members: Members) -> None:
     """Before a fold by a method that reads all fine-tunes again: raise TryAgain where some cannot be had."""
     if not methods.rereads(merge.recipe.method):
         return
@@ -210,10 +210,9 @@ def go(merge: FoldingMerge, way: Way, building: Path, name: str) -> tuple[State,
     measured: Measured | None = None
     if not len(way):
         return (copied(state, building / name) if way.start else state), None
-    for number in range(1, len(way) + 1):
-        is_out = number <= len(way.out)
-        place, member = way.out[number - 1] if is_out else (None, way.folded[number - 1 - len(way.out)])
-        log.info("replay.step", step=number, of=len(way), fine_tune=member.name, out=is_out)
+    steps = chain(way.out, ((None, member) for member in way.folded))
+    for number, (place, member) in enumerate(steps, 1):
+        log.info("replay.step", step=number, of=len(way), fine_tune=member.name, out=place is not None)
         state, measured, _ = step(merge, member, state, building, partial(prove, member), place=place)
         reached("replayed")
     return moved(state, building / name), measured
@@ -276,8 +275,3 @@ def copied(state: State, folder: Path) -> State:
                 f"{state.folder / file} does not have the content it was sealed with", hint=ROLL_BACK
             )
     return State(folder, state.hashes, state.totals)
-
-
-def all_of(members: Sequence[Member]) -> Way:
-    """Fold everything, from nothing."""
-    return Way(None, (), tuple(members))

@@ -20,11 +20,11 @@ from streammerge.rendering import Mix, Rendered
 from streammerge.steps import reached
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from streammerge.folding import Measured
-    from streammerge.members import Member
+    from streammerge.members import Members
     from streammerge.recipes import FoldingMerge
     from streammerge.snapshots import Snapshot
     from streammerge.state import State
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 def render(
     merge: FoldingMerge,
     state: State,
-    folded: list[Member],
+    folded: Members,
     parent: Snapshot | None,
     version: int,
     building: Path,
@@ -50,7 +50,7 @@ def render(
     account = None
     with ExitStack() as stack:
         rereads = methods.rereads(recipe.method)
-        again = [stack.enter_context(replay.opened(merge, member)) for member in folded if rereads]
+        again = [stack.enter_context(replay.opened(merge, member)) for member in (folded if rereads else ())]
 
         def write(choice: tuning.Choice, out: Path) -> Rendered:
             with merge.metrics.stage("render"):
@@ -93,7 +93,7 @@ def render(
     return manifest, hashes
 
 
-def is_tuned(merge: FoldingMerge, state: State, folded: Sequence[Member], parent: Snapshot | None) -> bool:
+def is_tuned(merge: FoldingMerge, state: State, folded: Members, parent: Snapshot | None) -> bool:
     """Whether there is something to choose: a delta, and for two shares something old and something new."""
     section = merge.config.tune
     if section is None or not state.has_slots():
@@ -102,10 +102,10 @@ def is_tuned(merge: FoldingMerge, state: State, folded: Sequence[Member], parent
     return section.kind != "pareto" or has_both
 
 
-def new_names(folded: Sequence[Member], parent: Snapshot | None) -> frozenset[str]:
+def new_names(folded: Members, parent: Snapshot | None) -> frozenset[str]:
     """Give the names of the fine-tunes that a version has and its parent has not."""
-    known = set(parent.digests) if parent else set()
-    return frozenset(member.name for member in folded if member.digest not in known)
+    added = folded.changes(parent.fine_tunes)[0] if parent else folded
+    return frozenset(member.name for member in added)
 
 
 def mix_of(merge: FoldingMerge, choice: tuning.Choice, parent: Snapshot | None) -> Mix | None:

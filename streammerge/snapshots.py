@@ -16,7 +16,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from streammerge.errors import ConfigError, Damaged
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
-    from streammerge.members import Member
+    from streammerge.members import Members
 
 FORMAT = 1
 DIGEST_CHARACTERS = 12
@@ -124,7 +124,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One sealed version; `digest` is the sha256 of its manifest.json, whose fine-tunes are Members here."""
+    """One sealed version; `digest` is the sha256 of its manifest.json, whose fine_tunes are Members here."""
 
     path: Path
     digest: str
@@ -141,7 +141,7 @@ class Snapshot:
         return self.manifest["parent"]  # type: ignore[no-any-return]
 
     @property
-    def fine_tunes(self) -> Sequence[Member]:
+    def fine_tunes(self) -> Members:
         """What is folded, in order."""
         return self.manifest["fine_tunes"]  # type: ignore[no-any-return]
 
@@ -187,7 +187,7 @@ class Manifests:
         """Remember a manifest that was proven, or just written; gives it back."""
         with self._lock:
             known = [other.fine_tunes for _, other in self._known.values()]
-            members.hold_once(snapshot.manifest["fine_tunes"], known)
+            snapshot.fine_tunes.hold_once(known)
             self._known[snapshot.path.name] = (_stamp(snapshot.path), snapshot)
             self._known.move_to_end(snapshot.path.name)
             while len(self._known) > self._most:
@@ -298,19 +298,6 @@ def _beginning(path: Path, stamp: Stamp) -> tuple[int, int]:
 def _chain(digests: Sequence[str]) -> list[int]:
     """Sum up every beginning of a list, the empty one first; the same lists have the same sums."""
     return list(accumulate(digests, lambda so_far, digest: hash((so_far, digest)), initial=0))
-
-
-def changes(snapshot: Snapshot, parent: Snapshot) -> tuple[list[Member], list[Member]]:
-    """Which fine-tunes a version has that its parent has not, and the other way round."""
-    ours, theirs = snapshot.fine_tunes, parent.fine_tunes
-    pairs = zip(ours, theirs, strict=False)  # of thousands, most are in both, at the beginning
-    alike = sum(1 for _ in takewhile(lambda pair: pair[0].digest == pair[1].digest, pairs))
-    ours, theirs = ours[alike:], theirs[alike:]
-    kept = {member.digest for member in ours} & {member.digest for member in theirs}
-    return (
-        [member for member in ours if member.digest not in kept],
-        [member for member in theirs if member.digest not in kept],
-    )
 
 
 def folders(parent: Path) -> list[Path]:

@@ -88,7 +88,8 @@ def take_back(merge: Merge, target: Target, row: Row, good: Snapshot, why: TryAg
         last, path = merge.ledger.last_promotion(), snapshots.by_version(merge.store, row["version"])
         if last is None or last["cause"] not in GUARDED or path is None:
             return False  # a person went back meanwhile
-        suspects = [member.digest for member in snapshots.changes(snapshots.read(path), good)[0]]
+        added, _ = snapshots.read(path).fine_tunes.changes(good.fine_tunes)
+        suspects = [member.digest for member in added]
         blame = Refused(
             "answered-wrong",
             f"target {target.name} served version {good.version} right, and version {row['version']} wrong: "

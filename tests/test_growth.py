@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tracemalloc
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import models
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 from streammerge import (
     files,
+    members,
     operations,
     reconcile,
     recovery,
@@ -30,13 +30,14 @@ from streammerge import (
 from streammerge.config import Config
 from streammerge.engine import Engine
 from streammerge.errors import Damaged
-from streammerge.members import Member
+from streammerge.members import Member, Members
 from streammerge.metrics import Metrics
 from streammerge.sources import open_source
 from streammerge.targets import open_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from streammerge.recipes import FoldingMerge as Merge
 
@@ -205,13 +206,14 @@ def test_a_manifest_is_parsed_once_and_again_when_it_changed(merge: Merge) -> No
 
 def test_what_two_versions_list_is_in_memory_once(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart reads head and the version before it: thousands of entries each, nearly all the same."""
+    monkeypatch.setattr(members, "PIECE", 1)
     look(merge)
     arrive(merge)
     arrive(merge)
     monkeypatch.setattr(snapshots, "MANIFESTS", snapshots.Manifests(most=2))
     one, two = (snapshots.read(path) for path in snapshots.folders(merge.store.snapshots)[-2:])
-    assert one.fine_tunes[0] is two.fine_tunes[0]
-    assert two.fine_tunes[0].source is two.fine_tunes[1].source
+    assert [len(one.fine_tunes), len(two.fine_tunes)] == [1, 2]
+    assert one.fine_tunes.pieces[0] is two.fine_tunes.pieces[0]
 
 
 ENTRIES = st.lists(st.integers(0, 9), unique=True)
@@ -226,17 +228,41 @@ def test_what_a_version_changed_is_told_from_what_it_kept(
         [Member("team", str(n), "1", str(n), 1.0) for n in [*common, *(n for n in rest if n not in common)]]
         for rest in (ours, theirs)
     ]
-    one, two = (snapshots.Snapshot(Path(), "", {"fine_tunes": entries}) for entries in lists)
-    added, removed = snapshots.changes(one, two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "PIECE", 2)
+        added, removed = Members(lists[0]).changes(Members(lists[1]))
     assert added == [entry for entry in lists[0] if entry not in lists[1]]
     assert removed == [entry for entry in lists[1] if entry not in lists[0]]
+
+
+@given(ENTRIES, ENTRIES, st.sets(st.integers(0, 9)), st.integers(1, 4))
+def test_members_are_a_list_that_never_changes(
+    first: list[int], more: list[int], places: set[int], piece: int
+) -> None:
+    """Longer by some, shorter by some, and read again: it is what a list would be."""
+    listed, after = ([Member("team", f"é{n}", "1", str(n), 0.1) for n in some] for some in (first, more))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "PIECE", piece)
+        held = Members(listed)
+        longer, left = held + after, held.without(places)
+        assert [*longer] == listed + after
+        assert [*left] == [member for place, member in enumerate(listed) if place not in places]
+        assert (len(held), len(longer), len(left)) == (len([*held]), len([*longer]), len([*left]))
+        assert [*held] == listed
+        assert longer == Members(listed + after)
+        assert (held == longer) == (not after)
+        assert left + after == Members([*left, *after])
+        assert members.parse(files.canonical_json({"fine_tunes": left})) == {"fine_tunes": left}
+        shared = Members(listed)
+        shared.hold_once([longer, left])
+        assert shared == held
 
 
 def test_a_manifest_of_thousands_is_written_a_piece_at_a_time(tmp_path: Path) -> None:
     """What is held while it is written does not grow with what it lists."""
     peaks = []
     for count in (1_000, 20_000):
-        entries = [Member("team", f"ft{n}", "1", f"{n:064x}", 1.0) for n in range(count)]
+        entries = Members(Member("team", f"ft{n}", "1", f"{n:064x}", 1.0) for n in range(count))
         tracemalloc.start()
         digest = files.write_json(tmp_path / str(count), {"fine_tunes": entries})
         peaks.append(tracemalloc.get_traced_memory()[1])

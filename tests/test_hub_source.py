@@ -367,7 +367,7 @@ def test_a_squashed_history_loses_nothing(hub: DevHub, tmp_path: Path, when: str
             desk.settle()
         assert desk.folded == ["team/a"]
         if when == "pending":
-            assert desk.merge.head.fine_tunes[0].revision == squashed
+            assert [member.revision for member in desk.merge.head.fine_tunes] == [squashed]
 
 
 # ------------------------------------------------------------------------------------------ every file proven
@@ -397,7 +397,7 @@ def test_what_flips_on_the_way_is_folded_unharmed(hub: DevHub, tmp_path: Path) -
         models.save(tmp_path / "same", delta(desk.base, 1))
         desk.settle()
         assert hub.count("/resolve/.*safetensors") == 3
-        assert desk.merge.head.fine_tunes[0].digest == identity(tmp_path / "same")
+        assert desk.merge.head.digests == [identity(tmp_path / "same")]
 
 
 def test_a_cut_fetch_is_gone_on_from_at_the_next_try(hub: DevHub, tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import yaml
 from daemons import SOURCE, Site, until
 from huggingface_hub import constants
 
-from streammerge import configfile, snapshots
+from streammerge import configfile, files, snapshots
 from streammerge.card import card
 from streammerge.config import Config
 from streammerge.config.targets import HubTarget
 from streammerge.devhub import DevHub
 from streammerge.errors import ConfigError, Stopped, TryAgain
-from streammerge.members import Member
+from streammerge.members import Member, Members
 from streammerge.targets import Told, open_target
 from streammerge.targets.hub import HubRepository, publish
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 REPO = "team/merged"
 SHA = "4fa1c2d9e08b7f6a5d3c4b2a190807f6e5d4c3b2"
-FOLDED = {"name": "org/one", "source": "lineage", "revision": SHA, "digest": "d" * 64, "weight": 1.0}
+FOLDED = Members([Member("lineage", "org/one", SHA, "d" * 64, 1.0)])
 TOKEN = "hf_thistokenmaywrite"
 TOLD = "streammerge_notifications_total"
 COMMIT, TAG, PUT = r"POST /api/models/.*/commit/", r"POST /api/models/.*/tag/", "PUT /_lfs/"
@@ -68,12 +68,12 @@ class Place:
         """Seal and accept a version; `more` are further files, "__" standing for a dot."""
         building = snapshots.begin(self.store, number)
         facts = {"version": number, "method": "opcm", "knobs": {"alpha": 0.5}, "finalize": {"scale": 1.0},
-                 "fine_tunes": [FOLDED], "parent": None, "base": {"digest": "b", "name": "base"}}  # fmt: skip
+                 "fine_tunes": FOLDED, "parent": None, "base": {"digest": "b", "name": "base"}}  # fmt: skip
         given = {
             "model.safetensors": weights or b"weights of version %d" % number * 100,
             "config.json": b'{"model_type": "llama"}',
             "tokenizer/vocab.txt": b"a\nb\n",
-            "streammerge.json": json.dumps(facts).encode(),
+            "streammerge.json": files.canonical_json(facts),
             "README.md": b"the store's own card\n",
             **{name.replace("__", "."): content for name, content in more.items()},
         }

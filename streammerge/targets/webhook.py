@@ -16,6 +16,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from streammerge import credentials, members, web
 from streammerge.errors import ConfigError, TryAgain
+from streammerge.members import Member, Members
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from streammerge.config import Config
     from streammerge.config.targets import WebhookTarget
-    from streammerge.members import Member
     from streammerge.targets import Told
 
 EVENT = "streammerge.version.promoted"
@@ -112,22 +112,19 @@ def _changes(manifest: dict[str, Any], versions: Path) -> dict[str, Any]:
 
     Null where the parent is not on disk any more.
     """
-    before: list[Member] = []
+    before = Members()
     if manifest["parent"]:
         parent = next(versions.glob(f"*-{manifest['parent'][:12]}"), None)
         if parent is None:
             return {"added": None, "removed": None}
         before = _manifest(parent)["fine_tunes"]
-    now = manifest["fine_tunes"]
-    return {"added": _without(now, before), "removed": _without(before, now)}
+    added, removed = manifest["fine_tunes"].changes(before)
+    return {"added": _plain(added), "removed": _plain(removed)}
 
 
-def _without(some: list[Member], others: list[Member]) -> list[dict[str, str]]:
-    known = {member.digest for member in others}
+def _plain(some: list[Member]) -> list[dict[str, str]]:
     return [
-        {key: getattr(member, key) for key in ("name", "source", "revision", "digest")}
-        for member in some
-        if member.digest not in known
+        {key: getattr(member, key) for key in ("name", "source", "revision", "digest")} for member in some
     ]
 
 
