@@ -6,6 +6,7 @@ building folder, and what becomes of it is the pipeline's.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,11 +148,11 @@ def require_kept(merge: FoldingMerge, members: Members) -> None:
     """Before a fold by a method that reads all fine-tunes again: raise TryAgain where some cannot be had."""
     if not methods.rereads(merge.recipe.method):
         return
-    kept = {row["id"] for row in merge.ledger.fine_tunes() if (merge.store.inbox / str(row["id"])).is_dir()}
+    kept = set(os.listdir(merge.store.inbox))  # noqa: PTH208 -- paths cost ten times as much
     gone = [
         member
         for member in members
-        if (merge.ledger.fine_tune(*member.announced) or {"id": None})["id"] not in kept
+        if str((merge.ledger.fine_tune(*member.announced) or {}).get("id")) not in kept
     ]
     if missing := [f"{member.name} ({why})" for member in gone if (why := absence_of(merge, member))]:
         raise TryAgain(
