@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streammerge.config import Config
     from streammerge.merging import Merge
 
-LOOKED_AT_ONCE = 256  # folders of the inbox, which holds thousands where they are kept
+LOOKED_AT_ONCE = 64  # folders of the inbox, which holds thousands where they are kept
 
 log = structlog.get_logger()
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from streammerge.members import Member
     from streammerge.recipes import FoldingMerge
 
-COMPARED_AT_ONCE = 256
+COMPARED_AT_ONCE = 64
 
 log = structlog.get_logger()
 

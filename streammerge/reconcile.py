@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 DAY_SECONDS = 86400.0
-REMEMBERED_AT_ONCE = 256
+REMEMBERED_AT_ONCE = 64
 UNDECIDED = ("waiting", "pending", "awaiting_approval")
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from streammerge.sources import Known
 
 OVERLAP_SECONDS = 900.0  # a listing may show a change later than its time: so far back it is read again
-SMALL_PAGE = 250  # repositories asked for at once by a look at what changed lately
+SMALL_PAGE = 100  # repositories asked for at once by a look at what changed lately
 RECHECK_SECONDS = 3600.0  # what is gated, disabled or gone
 SOON_SECONDS = 5.0
 FAILURES_IN_A_ROW = 3  # so many, and it is the Hub that fails, not the repository
