@@ -30,6 +30,10 @@ ROWS, COLUMNS = 128, 8192
 FOLDS = textwrap.dedent(
     """
     import json, pathlib, shutil, sys
+
+    from streammerge import allocator
+
+    allocator.begin()  # as every command does
     import safetensors.torch, torch
 
     def peak():
