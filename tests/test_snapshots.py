@@ -147,6 +147,16 @@ def test_a_manifest_that_lists_something_else_is_damaged(store: Store, field: st
         snapshots.read(snapshot.path)
 
 
+@pytest.mark.parametrize(
+    "found",
+    [{"fine_tunes": [None]}, {"fine_tunes": [], "x": dict.fromkeys(Member._fields)}, {"fine_tunes": {}}],
+)
+def test_only_the_list_of_fine_tunes_holds_some(found: dict[str, Any]) -> None:
+    """A manifest that lists nothing known, or has a fine-tune elsewhere, is none."""
+    with pytest.raises(ValueError, match="lists something else than fine-tunes"):
+        members.parse(json.dumps(found).encode())
+
+
 def test_the_same_content_has_the_same_digest(store: Store) -> None:
     """Sealing the same files with the same facts twice gives the same digest; one byte more another."""
     one = sealed(store)
